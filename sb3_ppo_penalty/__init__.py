@@ -1,0 +1,19 @@
+"""PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
+
+from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.ppo_clip import DOCUMENT_RECIPE, PPOClip
+from sb3_ppo_penalty.ppo_penalty import PPOPenalty
+from sb3_ppo_penalty.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.version import __version__
+
+__all__ = [
+    "DOCUMENT_RECIPE",
+    "CnnPolicy",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "PPOClip",
+    "PPOPenalty",
+    "RewardToGoDictRolloutBuffer",
+    "RewardToGoRolloutBuffer",
+    "__version__",
+]

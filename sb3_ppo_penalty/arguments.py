@@ -1,0 +1,74 @@
+"""Checks of what a user passes in: one error that names the argument, its value and what is allowed."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+class ArgumentError(ValueError, AssertionError):
+    """
+    A wrong argument.
+
+    A ``ValueError``; also an ``AssertionError``, because that is what SB3 raises for some of the same mistakes and what
+    existing code may catch.
+    """
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """
+    Let the value pass or say what is wrong with it.
+
+    :param condition: whether the value is allowed
+    :param name: of the argument
+    :param value: what was passed
+    :param allowed: what may be passed, to complete "must be ..."
+    :raises ArgumentError: if the condition is false
+    """
+    if not condition:
+        raise ArgumentError(f"`{name}` must be {allowed}, got {value!r}")
+
+
+def require_integer(name: str, value: Any, lowest: int) -> None:
+    """
+    :param name: of the argument
+    :param value: what was passed; numpy's integers are welcome, booleans are not
+    :param lowest: the smallest allowed number
+    :raises ArgumentError: if the value is not such a number
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    require(whole and value >= lowest, name, value, f"an integer of at least {lowest}")
+
+
+def require_number(
+    name: str,
+    value: Any,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    *,
+    open_below: bool = False,
+    infinite: bool = False,
+    optional: bool = False,
+    schedule: bool = False,
+) -> None:
+    """
+    :param name: of the argument
+    :param value: what was passed; numpy's numbers are welcome, booleans are not
+    :param lowest: the smallest allowed number
+    :param highest: the largest allowed number
+    :param open_below: whether ``lowest`` itself is forbidden
+    :param infinite: whether infinity is allowed
+    :param optional: whether None is allowed
+    :param schedule: whether a function of the remaining progress is allowed (it is not called here)
+    :raises ArgumentError: if the value is not such a number
+    """
+    if (optional and value is None) or (schedule and callable(value)):
+        return
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    inside = number and (lowest < value if open_below else lowest <= value) and value <= highest
+    finite = number and (infinite or math.isfinite(value))
+    limits = [f"{'above' if open_below else 'at least'} {lowest:g}"] if lowest > -math.inf else []
+    limits += [f"at most {highest:g}"] if highest < math.inf else []
+    kind = "a number" if infinite else "a finite number"
+    others = ["a schedule"] * schedule + ["None"] * optional
+    allowed = " or ".join([" ".join([kind, " and ".join(limits)]).strip(), *others])
+    require(inside and finite, name, value, allowed)

@@ -1,0 +1,172 @@
+"""
+Exact Kullback-Leibler divergence between two action distributions, for each state, in nats.
+
+SB3's own ``kl_divergence`` leaves one column per action dimension for Gaussians and Bernoullis, so that its mean is too
+small by the number of dimensions, and is infinite for categoricals whose probability underflows
+(https://github.com/ray-project/ray/issues/21297). Here the divergence of a state is one finite number.
+
+A distribution is frozen with :func:`parameters_of`; two frozen ones are compared with :func:`kl_divergence`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch as th
+from stable_baselines3.common.distributions import Distribution
+from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Normal
+from torch.nn.functional import logsigmoid
+
+
+def _scale_term(change: th.Tensor) -> th.Tensor:
+    """
+    What a change of scale adds to the divergence, ``e + e^2 / 2 - log(1 + e)``: exactly 0 at ``e = 0``, never cancels.
+
+    :param change: e = old scale / new scale - 1
+    :return: in nats, same shape
+    """
+    return change + 0.5 * change.square() - th.log1p(change)
+
+
+def kl_diagonal_gaussian(mean: th.Tensor, std: th.Tensor, new_mean: th.Tensor, new_std: th.Tensor) -> th.Tensor:
+    """
+    ``sum_i log(s'_i / s_i) + (s_i^2 + (m_i - m'_i)^2) / (2 s'_i^2) - 1/2``, primes for the new distribution.
+
+    :param mean: old mean, shape (batch, action_dim)
+    :param std: old standard deviation, shape (batch, action_dim)
+    :param new_mean: shape (batch, action_dim)
+    :param new_std: shape (batch, action_dim)
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    shift = (mean - new_mean) / new_std
+    terms: th.Tensor = _scale_term((std - new_std) / new_std) + 0.5 * shift.square()
+    return terms.sum(dim=-1)
+
+
+def kl_gaussian(mean: th.Tensor, scale_tril: th.Tensor, new_mean: th.Tensor, new_scale_tril: th.Tensor) -> th.Tensor:
+    """
+    ``(tr(S'^-1 S) - d + (m' - m)^T S'^-1 (m' - m) + log(det S' / det S)) / 2`` from the Cholesky factors ``S = L L^T``.
+
+    Written in ``E = L'^-1 (L - L')``, which is 0 where the covariances agree: no trace is subtracted from a dimension.
+
+    :param mean: old mean, shape (batch, action_dim)
+    :param scale_tril: old L, shape (action_dim, action_dim) or (batch, action_dim, action_dim)
+    :param new_mean: shape (batch, action_dim)
+    :param new_scale_tril: shape like ``scale_tril``
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    change = th.linalg.solve_triangular(new_scale_tril, scale_tril - new_scale_tril, upper=False)
+    diagonal = change.diagonal(dim1=-2, dim2=-1)
+    spread = (diagonal - th.log1p(diagonal)).sum(dim=-1) + 0.5 * change.square().sum(dim=(-2, -1))
+    # One right-hand side per state against one matrix for all states, or against the state's own
+    difference = (mean - new_mean).mT if new_scale_tril.dim() == 2 else (mean - new_mean).unsqueeze(-1)
+    shift = th.linalg.solve_triangular(new_scale_tril, difference, upper=False)
+    return spread + 0.5 * shift.square().sum(dim=-2).reshape(len(mean))
+
+
+def kl_categorical(*logits: th.Tensor) -> th.Tensor:
+    """
+    ``sum_i sum_a p_i(a) (log p_i(a) - log p'_i(a))`` over independent categorical actions i, from log-softmax.
+
+    An action that the old policy never takes adds nothing, even where its log-probability is minus infinity.
+
+    :param logits: the old logits of every action dimension, then the new ones; shapes (batch, number of choices)
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    count = len(logits) // 2
+    terms = []
+    for old, new in zip(logits[:count], logits[count:], strict=True):
+        log_p, new_log_p = th.log_softmax(old, dim=-1), th.log_softmax(new, dim=-1)
+        p = log_p.exp()
+        terms.append(th.where(p > 0, p * (log_p - new_log_p), 0.0).sum(dim=-1))
+    return th.stack(terms).sum(dim=0)
+
+
+def kl_bernoulli(logits: th.Tensor, new_logits: th.Tensor) -> th.Tensor:
+    """
+    ``sum_i p_i log(p_i / p'_i) + (1 - p_i) log((1 - p_i) / (1 - p'_i))`` over independent bits i, from log-sigmoid.
+
+    :param logits: old, shape (batch, bits)
+    :param new_logits: shape (batch, bits)
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    one = th.sigmoid(logits) * (logsigmoid(logits) - logsigmoid(new_logits))
+    zero = th.sigmoid(-logits) * (logsigmoid(-logits) - logsigmoid(-new_logits))
+    return (one + zero).sum(dim=-1)
+
+
+class ActionParameters(NamedTuple):
+    """
+    What defines the action distribution in a batch of states: tensors only, no reference to the policy.
+
+    :param divergence: the function above that compares two of a kind
+    :param per_state: tensors of shape (batch, ...)
+    :param shared: tensors that are the same in every state
+    """
+
+    divergence: Callable[..., th.Tensor]
+    per_state: tuple[th.Tensor, ...]
+    shared: tuple[th.Tensor, ...] = ()
+
+    def rows(self, index: th.Tensor) -> "ActionParameters":
+        """
+        The parameters in some of the states.
+
+        :param index: row numbers, shape (rows,)
+        """
+        return self._replace(per_state=tuple(tensor[index] for tensor in self.per_state))
+
+
+def parameters_of(distribution: Distribution) -> ActionParameters:
+    """
+    The parameters that SB3's mutable distribution object holds right now, with their gradient.
+
+    gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence.
+
+    :param distribution: what ``policy.get_distribution(obs)`` returned
+    :return: the parameters in each state of the batch
+    :raises ValueError: for a distribution whose divergence is not known in closed form
+    """
+    inner = distribution.distribution
+    parts = inner if isinstance(inner, Sequence) else [inner]
+    choices = tuple(part.logits for part in parts if isinstance(part, Categorical))
+    if len(choices) == len(parts):
+        return ActionParameters(kl_categorical, choices)
+    if isinstance(inner, Normal):
+        return ActionParameters(kl_diagonal_gaussian, (inner.loc, inner.scale))
+    if isinstance(inner, MultivariateNormal):
+        # As torch's own divergence does: `scale_tril` would repeat one matrix for every state
+        factor = inner._unbroadcasted_scale_tril
+        shared = factor.dim() == 2
+        return ActionParameters(kl_gaussian, (inner.loc,) if shared else (inner.loc, factor), (factor,) if shared else ())
+    if isinstance(inner, Bernoulli):
+        return ActionParameters(kl_bernoulli, (inner.logits,))
+    raise ValueError(f"no closed-form KL divergence is known for the policy's action distribution {distribution!r}")
+
+
+def concatenate(parts: Sequence[ActionParameters]) -> ActionParameters:
+    """
+    Join the parameters of several batches of states of one policy, as a copy that later updates cannot reach.
+
+    :param parts: at least one batch
+    :return: detached parameters of all states in order
+    """
+    columns = zip(*(part.per_state for part in parts), strict=True)
+    return ActionParameters(
+        parts[0].divergence,
+        tuple(th.cat(column).detach() for column in columns),
+        tuple(tensor.detach().clone() for tensor in parts[0].shared),
+    )
+
+
+def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
+    """
+    KL(old || new) in every state, summed over action dimensions (the paper, equation 8; the document's section 4.2).
+
+    :param old: the policy that acted
+    :param new: the policy being trained, in the same states
+    :return: shape (batch,), in nats
+    :raises ValueError: if the two are not of the same kind
+    """
+    if old.divergence is not new.divergence:
+        raise ValueError(f"cannot compare {old.divergence.__name__[3:]} with {new.divergence.__name__[3:]}")
+    return old.divergence(*old.per_state, *old.shared, *new.per_state, *new.shared)

@@ -1,0 +1,150 @@
+"""
+The objectives of PPO, and what tells how far importance sampling can be trusted, as pure functions of tensors.
+
+Symbols: ``r`` is the importance ratio pi(a|s) / pi_old(a|s), ``A`` the advantage, ``eps`` the clip range.
+"The document" is the article that the project implements (its sections are named in each docstring), "the paper" is
+Schulman et al. 2017, https://arxiv.org/abs/1707.06347.
+"""
+
+import torch as th
+from torch.nn import functional
+
+#: What the clip fraction is measured against where nothing is clipped: PPO's usual range (the document, section 4.2 (2))
+REFERENCE_CLIP_RANGE = 0.2
+
+
+def normalize_advantages(advantages: th.Tensor) -> th.Tensor:
+    """
+    Shift and scale the advantages to mean 0 and standard deviation 1: ``(A - mean(A)) / (std(A) + 1e-8)``, as SB3 does.
+
+    The standard deviation is the sample's (n - 1 in the denominator). A single advantage has none and is returned as it is.
+
+    :param advantages: shape (batch,)
+    :return: shape (batch,), no unit
+    """
+    if len(advantages) < 2:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def importance_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor) -> th.Tensor:
+    """
+    Weight that makes samples of the old policy stand for the new one: ``r = exp(log pi(a|s) - log pi_old(a|s))``.
+
+    Source: the document, section 3 (importance sampling).
+
+    :param log_prob: log-probability (density) of each action under the policy being trained, shape (batch,)
+    :param old_log_prob: the same under the policy that acted, shape (batch,)
+    :return: shape (batch,), no unit
+    """
+    return th.exp(log_prob - old_log_prob)
+
+
+def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
+    """
+    The objective without a trust region: ``J = mean(r * A)``, to be maximised.
+
+    Source: the document, section 4.2 (1), second line of its formula; the paper, equation 6.
+
+    :param ratio: importance ratio, shape (batch,)
+    :param advantages: shape (batch,)
+    :return: scalar, in the unit of the advantages
+    """
+    return (advantages * ratio).mean()
+
+
+def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
+    """
+    The objective of PPO-clip: ``J = mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A))``, to be maximised.
+
+    Source: the document, section 4.2 (2); the paper, equation 7.
+
+    :param ratio: importance ratio, shape (batch,)
+    :param advantages: shape (batch,)
+    :param clip_range: eps, how far the ratio may go from 1 before it stops to pay
+    :return: scalar, in the unit of the advantages
+    """
+    clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    return th.min(advantages * ratio, advantages * clipped).mean()
+
+
+def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float) -> th.Tensor:
+    """
+    The objective of PPO-penalty: ``J - beta * mean(KL(old || new))``, to be maximised.
+
+    Source: the document, section 4.2 (1); the paper, equation 8.
+
+    :param objective: :func:`surrogate`, or :func:`clipped_surrogate` to penalise in addition to the clip; scalar
+    :param kl: exact divergence in each state, in nats, shape (batch,)
+    :param kl_coef: beta, in the unit of the objective per nat
+    :return: scalar, in the unit of the objective
+    """
+    return objective - kl_coef * kl.mean()
+
+
+def value_loss(values: th.Tensor, returns: th.Tensor, old_values: th.Tensor, clip_range_vf: float | None = None) -> th.Tensor:
+    """
+    Mean squared error of the critic: ``mean((R - V)^2)``.
+
+    With ``clip_range_vf`` the prediction may leave the old one by no more than that, as in SB3:
+    ``V = V_old + clip(V - V_old, -clip_range_vf, clip_range_vf)``.
+
+    :param values: the critic's prediction, shape (batch,)
+    :param returns: what it should have predicted, shape (batch,)
+    :param old_values: its prediction when the action was taken, shape (batch,)
+    :param clip_range_vf: in the unit of the returns; None for no clipping
+    :return: scalar, in the squared unit of the returns
+    """
+    if clip_range_vf is not None:
+        values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
+    return functional.mse_loss(returns, values)
+
+
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
+    """
+    Negative mean entropy of the policy; where it has no closed form, the sample estimate ``mean(log pi(a|s))``.
+
+    :param entropy: shape (batch,), in nats, or None where unknown (squashed Gaussians)
+    :param log_prob: of the actions taken, shape (batch,)
+    :return: scalar, in nats
+    """
+    if entropy is None:
+        return -th.mean(-log_prob)
+    return -th.mean(entropy)
+
+
+def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor:
+    """
+    Share of the samples whose ratio left the clip range: ``mean(|r - 1| > eps)``.
+
+    :param ratio: shape (batch,)
+    :param clip_range: eps; None (nothing is clipped) counts against :data:`REFERENCE_CLIP_RANGE`
+    :return: scalar between 0 and 1
+    """
+    limit = REFERENCE_CLIP_RANGE if clip_range is None else clip_range
+    return th.mean((th.abs(ratio - 1) > limit).float())
+
+
+def k3_estimate(log_ratio: th.Tensor) -> th.Tensor:
+    """
+    Sampled estimate of KL(old || new) that is unbiased and never negative: ``mean((r - 1) - log r)``.
+
+    Source: J. Schulman, http://joschu.net/blog/kl-approx.html (k3); it is SB3's ``approx_kl``.
+
+    :param log_ratio: log r for actions drawn from the old policy, shape (batch,)
+    :return: scalar, in nats
+    """
+    return th.mean((th.exp(log_ratio) - 1) - log_ratio)
+
+
+def effective_sample_size(log_ratio: th.Tensor) -> th.Tensor:
+    """
+    How many equally weighted samples the weighted ones are worth, as a fraction: ``(sum r)^2 / (n * sum r^2)``.
+
+    1 when every ratio is equal, 1/n when one sample outweighs all others: what goes wrong when the two policies drift
+    apart (the document, section 3). Source: Kish 1965. Computed from log-ratios, so that no square overflows.
+
+    :param log_ratio: log r, shape (batch,)
+    :return: scalar between 1/n and 1
+    """
+    return 1.0 / (len(log_ratio) * th.softmax(log_ratio, dim=0).square().sum())

@@ -1,0 +1,139 @@
+"""SB3's actor-critic policies with a Gaussian whose covariance does not learn (the document, section 5)."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_ppo_penalty.distributions import (
+    DEFAULT_VARIANCE,
+    FixedGaussianDistribution,
+    GaussianConstants,
+    covariance_tensor,
+)
+
+
+class FixedCovarianceMixin(ActorCriticPolicy):
+    """
+    Gives an actor-critic policy of SB3, on Box action spaces, the distribution ``N(mean(s), S)`` with a constant S.
+
+    On other action spaces, and with ``use_sde=True``, the policy is SB3's own. The mean is not squashed; SB3 clips actions to
+    the space's bounds before the environment sees them.
+
+    :param observation_space: as in SB3
+    :param action_space: as in SB3
+    :param lr_schedule: as in SB3
+    :param args: SB3's further arguments, in SB3's order
+    :param covariance: S: one variance for all action dimensions, one per dimension, or a symmetric positive-definite
+        matrix of shape (action_dim, action_dim), in the squared unit of the action. Default: 0.5, the document's; or
+        ``exp(2 * log_std_init)`` where SB3's ``log_std_init`` is given instead
+    :param learn_covariance: start at ``covariance`` (variances only) and learn SB3's ``log_std`` from there
+    :param kwargs: SB3's further arguments by name
+    :raises ValueError: for a covariance of the wrong shape, not positive definite or not finite, and for one given together
+        with ``use_sde``, ``log_std_init`` or an action space that is not a Box
+    """
+
+    covariance: th.Tensor
+    _scale: th.Tensor
+    _whitening: th.Tensor
+    _log_normalizer: th.Tensor
+    _entropy: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *args: Any,
+        covariance: Any = None,
+        learn_covariance: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.learn_covariance = learn_covariance
+        if covariance is not None and "log_std_init" in kwargs:
+            raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
+        self._requested_covariance = covariance
+        if covariance is None and "log_std_init" in kwargs:
+            self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
+        self._covariance_is_asked_for = covariance is not None or learn_covariance
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+
+    @property
+    def has_fixed_covariance(self) -> bool:
+        """Whether the action distribution is the Gaussian of this module rather than one of SB3's."""
+        return isinstance(self.action_dist, FixedGaussianDistribution)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Build SB3's networks and optimizer around the distribution asked for.
+
+        :param lr_schedule: its value at 1 is the initial learning rate
+        """
+        gaussian = isinstance(self.action_space, spaces.Box) and not self.use_sde
+        if not gaussian:
+            if self._covariance_is_asked_for:
+                where = "use_sde=True" if self.use_sde else f"the action space {self.action_space}"
+                raise ValueError(f"`covariance` and `learn_covariance` have no meaning with {where}: leave them out")
+            super()._build(lr_schedule)
+            return
+        action_dim = get_action_dim(self.action_space)
+        requested = DEFAULT_VARIANCE if self._requested_covariance is None else self._requested_covariance
+        covariance = covariance_tensor(requested, action_dim)
+        if self.learn_covariance:
+            if covariance.dim() == 2:
+                raise ValueError("`covariance` must be given as variances with `learn_covariance`: only a diagonal learns")
+            super()._build(lr_schedule)
+            self.log_std.data.copy_(0.5 * covariance.log())
+            return
+        self.action_dist = FixedGaussianDistribution(action_dim)
+        self.register_buffer("covariance", covariance.float())
+        self.register_buffer("log_std", None, persistent=False)
+        super()._build(lr_schedule)
+        self._work_out_constants()
+
+    def _work_out_constants(self) -> None:
+        """Derive from the covariance what every call needs."""
+        for name, constant in GaussianConstants.of(self.covariance)._asdict().items():
+            self.register_buffer(f"_{name}", constant, persistent=False)
+        variances = self.covariance if self.covariance.dim() == 1 else self.covariance.diagonal()
+        # Of each dimension by itself: SB3 logs the mean of its exponential as train/std
+        self.register_buffer("log_std", 0.5 * variances.log(), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Let the constants follow a covariance that was loaded."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.has_fixed_covariance:
+            self._work_out_constants()
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        if not self.has_fixed_covariance:
+            return super()._get_action_dist_from_latent(latent_pi)
+        constants = GaussianConstants(self._scale, self._whitening, self._log_normalizer, self._entropy)
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), constants)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        # SB3 leaves this one out, and a policy with two extractors comes back with one
+        data["share_features_extractor"] = self.share_features_extractor
+        if self.has_fixed_covariance or self.learn_covariance:
+            del data["log_std_init"]
+            spread = self.covariance if self.has_fixed_covariance else (2 * self.log_std).exp()
+            data.update(covariance=spread.tolist(), learn_covariance=self.learn_covariance)
+        return data
+
+
+class MlpPolicy(FixedCovarianceMixin, ActorCriticPolicy):
+    """SB3's ``MlpPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""
+
+
+class CnnPolicy(FixedCovarianceMixin, ActorCriticCnnPolicy):
+    """SB3's ``CnnPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""
+
+
+class MultiInputPolicy(FixedCovarianceMixin, MultiInputActorCriticPolicy):
+    """SB3's ``MultiInputPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""

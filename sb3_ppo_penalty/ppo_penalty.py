@@ -1,0 +1,160 @@
+"""PPO with an adaptive KL penalty."""
+
+import math
+import warnings
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+
+from sb3_ppo_penalty.arguments import require, require_number
+from sb3_ppo_penalty.divergence import kl_divergence
+from sb3_ppo_penalty.kl_control import clamp, kl_thresholds, next_kl_coef
+from sb3_ppo_penalty.losses import clipped_surrogate, penalized_surrogate, surrogate
+from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm, passed_on
+from sb3_ppo_penalty.rollout import Minibatch
+
+#: The target of the paper's best adaptive variant (Schulman et al. 2017, table 1), in nats
+PAPER_TARGET_KL = 0.01
+#: Beyond these the penalty of a divergence near the target is nothing, or everything, beside advantages of size 1
+DEFAULT_KL_COEF_BOUNDS = (1e-3, 1e3)
+#: Updates in a row at a bound before the user is told
+SATURATION_PATIENCE = 10
+
+
+class PPOPenalty(ProximalAlgorithm):
+    """
+    Proximal Policy Optimization with an adaptive KL penalty (the document, section 4.2 (1); the paper, equation 8).
+
+    Maximises ``J(theta) = E[r A] - kl_coef * KL(pi_old || pi)`` with the exact divergence, in nats, summed over action
+    dimensions and averaged over states. After the last epoch the divergence over the whole rollout is measured with the new
+    policy: above ``kl_max`` the coefficient is multiplied by ``kl_coef_factor``, below ``kl_min`` divided by it.
+
+    At the old policy the penalty's gradient is exactly 0: with one epoch of a single minibatch it cannot act.
+
+    The arguments up to ``device`` are those of ``stable_baselines3.PPO``, in its order and with its defaults except two:
+
+    :param clip_range: None (default): the ratio is not clipped. A number or a schedule clips it in addition to the penalty
+    :param target_kl: the divergence to aim at, in nats: 0.01, the paper's. It does not stop an update. None, which is PPO's
+        default, stands for 0.01 too, so that PPO's arguments can be passed as they are
+
+    It adds:
+
+    :param kl_coef: beta of the first update, 1 as in the paper, in the unit of the (normalised) advantages per nat. The
+        attribute of this name is the live coefficient; ``save`` keeps it
+    :param kl_min: in nats; default: the paper's ``target_kl / 1.5``
+    :param kl_max: in nats; default: the paper's ``1.5 * target_kl``
+    :param kl_coef_factor: by how much the coefficient moves; default: the paper's 2
+    :param kl_coef_bounds: ``(lowest, highest)`` coefficient. Two equal numbers keep it fixed
+    :raises ValueError: naming the argument, for a value that cannot be meant
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = PAPER_TARGET_KL,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        kl_coef: float = 1.0,
+        kl_min: float | None = None,
+        kl_max: float | None = None,
+        kl_coef_factor: float = 2.0,
+        kl_coef_bounds: tuple[float, float] = DEFAULT_KL_COEF_BOUNDS,
+    ) -> None:
+        inherited = passed_on(ProximalAlgorithm.__init__, locals())
+        # Here and not in `_setup_model`, which `load` calls after it has restored them
+        self.kl_coef = kl_coef
+        self.kl_min = kl_min
+        self.kl_max = kl_max
+        self.kl_coef_factor = kl_coef_factor
+        self.kl_coef_bounds = kl_coef_bounds
+        self._saturated_updates = 0
+        super().__init__(**inherited)
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        bounds = self.kl_coef_bounds
+        pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+        require(pair, "kl_coef_bounds", bounds, "two numbers, (lowest, highest)")
+        require_number("kl_coef_bounds", bounds[0], 0, open_below=True)
+        require_number("kl_coef_bounds", bounds[1], bounds[0])
+        require_number("kl_coef", self.kl_coef, *bounds)
+        require_number("kl_coef_factor", self.kl_coef_factor, 1, open_below=True)
+        require_number("kl_min", self.kl_min, 0, optional=True)
+        require_number("kl_max", self.kl_max, 0, open_below=True, optional=True)
+        low, high = self.kl_thresholds
+        wrong = "kl_max" if self.kl_min is None else "kl_min"
+        require(low <= high, wrong, (low, high), "such that kl_min <= kl_max")
+        # Plain Python: JSON in the saved file, which turns tuples into lists
+        self.kl_coef_bounds = (float(bounds[0]), float(bounds[1]))
+        self.kl_coef = float(self.kl_coef)
+
+    @property
+    def kl_thresholds(self) -> tuple[float, float]:
+        """``(kl_min, kl_max)`` in force, in nats."""
+        target = PAPER_TARGET_KL if self.target_kl is None else self.target_kl
+        return kl_thresholds(target, self.kl_min, self.kl_max)
+
+    def _policy_objective(
+        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
+        kl = kl_divergence(batch.old, self._current_parameters(batch.observations))
+        return objective, penalized_surrogate(objective, kl, self.kl_coef)
+
+    def _after_update(self, drift: Drift) -> None:
+        low, high = self.kl_thresholds
+        wanted = next_kl_coef(self.kl_coef, drift.kl, low, high, self.kl_coef_factor)
+        granted = clamp(wanted, self.kl_coef_bounds)
+        change = (granted > self.kl_coef) - (granted < self.kl_coef)
+        if not math.isfinite(drift.kl):
+            warnings.warn(f"KL(old || new) is {drift.kl}: `kl_coef` stays at {self.kl_coef:g}", RuntimeWarning, stacklevel=2)
+        self._watch_saturation(saturated=granted != wanted)
+        self.kl_coef = granted
+        figures = {"kl_coef": granted, "kl_coef_change": change, "kl_min": low, "kl_max": high}
+        for name, figure in figures.items():
+            self.logger.record(f"train/{name}", figure)
+
+    def _watch_saturation(self, saturated: bool) -> None:
+        """
+        Warn once when the coefficient has stood at a bound for ten updates in a row and the rule would go on.
+
+        :param saturated: whether the last update left it there
+        """
+        lowest, highest = self.kl_coef_bounds
+        self._saturated_updates = self._saturated_updates + 1 if saturated and lowest < highest else 0
+        if self._saturated_updates == SATURATION_PATIENCE:
+            weak = self.kl_coef == highest
+            warnings.warn(
+                f"`kl_coef` has stood at its bound {self.kl_coef:g} for {SATURATION_PATIENCE} updates: the policy moves "
+                f"{'more' if weak else 'less'} than asked for all the same. Try a "
+                f"{'lower' if weak else 'higher'} `learning_rate`, {'fewer' if weak else 'more'} `n_epochs`, or another "
+                "`target_kl`",
+                RuntimeWarning,
+                stacklevel=2,
+            )

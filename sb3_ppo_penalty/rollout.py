@@ -1,0 +1,210 @@
+"""The filled SB3 buffer as one set of tensors on the device, and the document's reward-to-go buffer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+Observations = th.Tensor | dict[str, th.Tensor]
+
+#: What one pass over a part of the rollout may hold of observations, as float32
+CHUNK_BYTES = 8 * 2**20
+#: However small the observations are: the networks' activations take memory too
+CHUNK_ROWS = 4096
+
+
+class Rows(Protocol):
+    """Something that holds a value for every state of the rollout."""
+
+    def rows(self, index: th.Tensor) -> Any:
+        """
+        :param index: row numbers, shape (rows,)
+        :return: the same for these states alone
+        """
+
+
+class Minibatch(NamedTuple):
+    """
+    Some of the rollout's transitions.
+
+    :param observations: shape (batch, *obs_shape), or one such tensor per key
+    :param actions: as the policy's ``evaluate_actions`` takes them; shape (batch, action_dim), (batch,) if Discrete
+    :param old_values: the critic's predictions during the rollout, shape (batch,)
+    :param old_log_prob: log-probabilities of the actions when they were taken, shape (batch,)
+    :param advantages: shape (batch,)
+    :param returns: the critic's targets, shape (batch,)
+    :param old: the policy's distributions when it acted, or None if nothing was frozen
+    """
+
+    observations: Observations
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old: Any
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    A rollout on the device; the fields are those of :class:`Minibatch`, with a row for every transition.
+
+    On the CPU the tensors share the buffer's memory. Observations keep the type that the environment gave them.
+    """
+
+    observations: Observations
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old: Rows | None = None
+
+    @classmethod
+    def of(cls, buffer: RolloutBuffer) -> "Rollout":
+        """
+        Take over what a buffer holds.
+
+        :param buffer: full; its arrays are flattened in place to one row per transition, as its own ``get`` does
+        :raises RuntimeError: if the buffer is not full
+        """
+        if not buffer.full:
+            raise RuntimeError("there is no full rollout to learn from: `train` is called by `learn`, after it has collected")
+        _flatten(buffer)
+        device = buffer.device
+        observations = (
+            {key: th.as_tensor(array, device=device) for key, array in buffer.observations.items()}
+            if isinstance(buffer.observations, dict)
+            else th.as_tensor(buffer.observations, device=device)
+        )
+        # float32 like SB3's samples: a Bernoulli's log-probability does not take int8
+        actions = th.as_tensor(buffer.actions.astype(np.float32, copy=False), device=device)
+        if isinstance(buffer.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+        values, log_probs, advantages, returns = (th.as_tensor(array, device=device).flatten() for array in columns)
+        return cls(observations, actions, values, log_probs, advantages, returns)
+
+    def __len__(self) -> int:
+        """:return: the number of transitions."""
+        return len(self.actions)
+
+    def rows(self, index: th.Tensor) -> Minibatch:
+        """
+        :param index: row numbers, shape (rows,)
+        :return: these transitions
+        """
+        return Minibatch(*(_rows(getattr(self, field.name), index) for field in fields(self)))
+
+    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
+        """
+        Go once over the rollout in an order drawn from numpy's global generator, as SB3's buffer does.
+
+        :param batch_size: the last minibatch is smaller if this does not divide the rollout
+        """
+        order = th.from_numpy(np.random.permutation(len(self))).to(self.actions.device)  # noqa: NPY002 (SB3's stream)
+        for index in th.split(order, batch_size):
+            yield self.rows(index)
+
+    def chunks(self) -> Iterator[Minibatch]:
+        """Go once over the rollout in order, in parts that bound the memory of a pass without gradient."""
+        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
+        row_bytes = 4 * sum(tensor[0].numel() for tensor in tensors)
+        rows = min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)
+        for index in th.split(th.arange(len(self), device=self.actions.device), rows):
+            yield self.rows(index)
+
+
+def _rows(values: Any, index: th.Tensor) -> Any:
+    """
+    :param values: a tensor, a dict of tensors, something with rows of its own, or None
+    :param index: row numbers
+    :return: the same for these rows
+    """
+    if values is None:
+        return None
+    if isinstance(values, th.Tensor):
+        return values[index]
+    if isinstance(values, dict):
+        return {key: tensor[index] for key, tensor in values.items()}
+    return values.rows(index)
+
+
+def _flatten(buffer: RolloutBuffer) -> None:
+    """
+    Bring a buffer's arrays from (n_steps, n_envs, ...) to (n_steps * n_envs, ...), once per rollout.
+
+    :param buffer: full
+    """
+    if buffer.generator_ready:
+        return
+    if isinstance(buffer.observations, dict):
+        buffer.observations.update({key: buffer.swap_and_flatten(array) for key, array in buffer.observations.items()})
+    else:
+        buffer.observations = buffer.swap_and_flatten(buffer.observations)
+    for name in ("actions", "values", "log_probs", "advantages", "returns"):
+        setattr(buffer, name, buffer.swap_and_flatten(getattr(buffer, name)))
+    buffer.generator_ready = True
+
+
+class RewardToGoMixin(RolloutBuffer):
+    """
+    Targets and advantages as the document has them (section 5), instead of SB3's lambda-returns.
+
+    The target of a step is the discounted sum of the rewards from there to the end of its episode, with no bootstrapping;
+    its advantage is the target minus the critic's prediction, normalised once over the whole rollout with 1e-10 in the
+    denominator. ``gae_lambda`` is not used, and episodes that a time limit ends are not bootstrapped either.
+
+    An episode that the rollout cuts short is taken as if it had ended there: its targets hold only the rewards seen, and
+    are too small in size. Its remaining steps come at the start of the next rollout, as the document's own loop, which
+    collects whole episodes, never does. Choose ``n_steps`` as a multiple of the episodes' length to cut none.
+    """
+
+    #: Asked by the algorithm: SB3 adds the value of the last observation to the reward at a time limit unless told not to
+    bootstrap_timeouts = False
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
+        """
+        Fill ``returns`` and ``advantages``, both of shape (n_steps, n_envs).
+
+        :param last_values: not used: nothing is bootstrapped
+        :param dones: not used: the last step of the rollout ends every episode in it
+        """
+        to_go = np.zeros(self.n_envs)
+        for step in reversed(range(self.buffer_size)):
+            to_go = self.rewards[step] + self.gamma * to_go
+            self.returns[step] = to_go
+            # Where a step starts an episode, nothing of it belongs to the step before
+            to_go = to_go * (1 - self.episode_starts[step])
+        advantages = self.returns - self.values
+        if advantages.size > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-10)
+        self.advantages = advantages
+
+
+class RewardToGoRolloutBuffer(RewardToGoMixin):
+    """For ``rollout_buffer_class``, where observations are arrays: see :class:`RewardToGoMixin`."""
+
+
+class RewardToGoDictRolloutBuffer(RewardToGoMixin, DictRolloutBuffer):
+    """For ``rollout_buffer_class``, where observations are dicts: see :class:`RewardToGoMixin`."""
+
+
+class IgnoreTimeLimits(VecEnvWrapper):
+    """Environments that do not tell whether a time limit ended the episode, so that SB3 bootstraps none."""
+
+    def reset(self) -> VecEnvObs:
+        """:return: the first observations."""
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """:return: observations, rewards, dones, and infos without the time limit."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return observations, rewards, dones, [{**info, "TimeLimit.truncated": False} for info in infos]
