@@ -38,8 +38,8 @@ def kl_diagonal_gaussian(mean: th.Tensor, std: th.Tensor, new_mean: th.Tensor, n
     :return: KL(old || new), shape (batch,), in nats
     """
     shift = (mean - new_mean) / new_std
-    terms: th.Tensor = _scale_term((std - new_std) / new_std) + 0.5 * shift.square()
-    return terms.sum(dim=-1)
+    spread = _scale_term((std - new_std) / new_std)
+    return (spread + 0.5 * shift.square()).sum(dim=-1)
 
 
 def kl_gaussian(mean: th.Tensor, scale_tril: th.Tensor, new_mean: th.Tensor, new_scale_tril: th.Tensor) -> th.Tensor:
