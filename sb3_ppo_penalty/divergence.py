@@ -54,12 +54,12 @@ def kl_gaussian(mean: th.Tensor, scale_tril: th.Tensor, new_mean: th.Tensor, new
     :param new_scale_tril: shape like ``scale_tril``
     :return: KL(old || new), shape (batch,), in nats
     """
-    change = th.linalg.solve_triangular(new_scale_tril, scale_tril - new_scale_tril, upper=False)
+    change: th.Tensor = th.linalg.solve_triangular(new_scale_tril, scale_tril - new_scale_tril, upper=False)
     diagonal = change.diagonal(dim1=-2, dim2=-1)
     spread = (diagonal - th.log1p(diagonal)).sum(dim=-1) + 0.5 * change.square().sum(dim=(-2, -1))
     # One right-hand side per state against one matrix for all states, or against the state's own
     difference = (mean - new_mean).mT if new_scale_tril.dim() == 2 else (mean - new_mean).unsqueeze(-1)
-    shift = th.linalg.solve_triangular(new_scale_tril, difference, upper=False)
+    shift: th.Tensor = th.linalg.solve_triangular(new_scale_tril, difference, upper=False)
     return spread + 0.5 * shift.square().sum(dim=-2).reshape(len(mean))
 
 
