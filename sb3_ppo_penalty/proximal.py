@@ -341,9 +341,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         self.policy.optimizer.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
-        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        parameters = list(self.policy.parameters())
+        norm = th.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        # Before the clipping, which would spread one bad gradient over all of them
         if not th.isfinite(norm + terms.loss.detach()):
             raise FloatingPointError(self._what_is_not_finite(terms))
+        th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         self.policy.optimizer.step()
 
     def _what_is_not_finite(self, terms: Terms) -> str:

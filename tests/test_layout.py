@@ -1,0 +1,101 @@
+"""The house's laws: who may import whom, one function one screen, and a docstring for every public name."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sb3_ppo_penalty
+
+PACKAGE = Path(sb3_ppo_penalty.__file__).parent
+SB3 = "stable_baselines3"
+#: room -> the package's own rooms and the foreign packages that it may import; the standard library is free
+LAW = {
+    "version": set(),
+    "arguments": set(),
+    "kl_control": set(),
+    "losses": {"torch"},
+    "divergence": {"torch", SB3},
+    "distributions": {"torch", "numpy", SB3},
+    "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
+    "rollout": {"torch", "numpy", "gymnasium", SB3},
+    "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"},
+    "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout"},
+    "ppo_penalty": {"torch", SB3, "arguments", "losses", "divergence", "kl_control", "proximal", "rollout"},
+    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+}
+FOREIGN_TO_THE_CORE = ["rl_zoo3", "joblib", "pandas", "matplotlib", "optuna", "scipy", "sb3_contrib"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Foreign packages by name, the package's own rooms by the room's name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide the room"
+            names = [node.module or ""]
+            if node.module == "sb3_ppo_penalty":
+                names = [f"sb3_ppo_penalty.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            found.add(parts[1] if parts[0] == "sb3_ppo_penalty" and len(parts) > 1 else parts[0])
+    return found - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("room", LAW)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    assert imports_of(PACKAGE / f"{room}.py") <= LAW[room]
+
+
+def test_every_room_has_a_law() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__main__"} == set(LAW)
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {"zoo", "study"}
+
+
+def test_importing_the_package_imports_no_tool() -> None:
+    code = f"import sys, sb3_ppo_penalty; print([m for m in {FOREIGN_TO_THE_CORE} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # SB3's results plotter brings pandas and matplotlib where they are installed; nothing else may come
+    assert set(ast.literal_eval(run.stdout)) <= {"pandas", "matplotlib"}
+
+
+def functions_of(path: Path) -> list[tuple[str, int]]:
+    sizes = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            doc = node.body[0] if ast.get_docstring(node) else None
+            docstring = doc.end_lineno - doc.lineno + 1 if doc else 0
+            sizes.append((node.name, node.end_lineno - node.lineno + 1 - docstring))
+    return sizes
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_one_function_one_screen(path: Path) -> None:
+    assert [(name, lines) for name, lines in functions_of(path) if lines > 50] == []
+
+
+@pytest.mark.parametrize("name", [name for name in sb3_ppo_penalty.__all__ if inspect.isclass(getattr(sb3_ppo_penalty, name))])
+def test_public_classes_and_methods_have_docstrings(name: str) -> None:
+    cls = getattr(sb3_ppo_penalty, name)
+    assert cls.__dict__.get("__doc__"), name
+    for member_name, member in vars(cls).items():
+        if inspect.isfunction(member) and not member_name.startswith("_"):
+            assert inspect.getdoc(member), f"{name}.{member_name}"
+
+
+@pytest.mark.parametrize("room", ["losses", "divergence", "kl_control"])
+def test_maths_is_documented_with_parameters_and_results(room: str) -> None:
+    module = getattr(sb3_ppo_penalty, room)
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ != module.__name__ or name.startswith("_"):
+            continue
+        text = inspect.getdoc(function) or ""
+        assert ":return:" in text, name
+        for parameter in inspect.signature(function).parameters:
+            assert f":param {parameter}:" in text, f"{room}.{name}: {parameter}"

@@ -1,0 +1,95 @@
+"""PPOClip with SB3's own policy is stock PPO: every parameter, bit for bit, after several updates."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+
+from sb3_ppo_penalty import PPOClip
+
+SMALL = {"n_steps": 64, "batch_size": 24, "n_epochs": 3, "seed": 7}
+
+
+def small_images() -> gym.Env:
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
+    env.observation_space.seed(0)
+    return env
+
+
+def several_inputs(discrete_actions: bool) -> gym.Env:
+    np.random.seed(0)  # it draws its images when it is made
+    return SimpleMultiObsEnv(discrete_actions=discrete_actions)
+
+
+CASES = {
+    "Box": (ActorCriticPolicy, "Pendulum-v1", {}),
+    "Box, critic clipped": (ActorCriticPolicy, "Pendulum-v1", {"clip_range_vf": 0.2}),
+    "Box, early stop": (ActorCriticPolicy, "Pendulum-v1", {"target_kl": 0.0002, "learning_rate": 1e-3}),
+    "Box, entropy bonus": (ActorCriticPolicy, "Pendulum-v1", {"ent_coef": 0.05}),
+    "Box, gSDE": (ActorCriticPolicy, "Pendulum-v1", {"use_sde": True, "sde_sample_freq": 4, "ent_coef": 0.01}),
+    "Box, squashed": (ActorCriticPolicy, "Pendulum-v1", {"use_sde": True, "policy_kwargs": {"squash_output": True}}),
+    "Box, not normalised": (ActorCriticPolicy, "Pendulum-v1", {"normalize_advantage": False}),
+    "Box, batches of one": (ActorCriticPolicy, "Pendulum-v1", {"batch_size": 63}),
+    "Box, schedules": (
+        ActorCriticPolicy,
+        "Pendulum-v1",
+        {"learning_rate": lambda p: 1e-3 * p, "clip_range": lambda p: 0.1 + 0.1 * p, "clip_range_vf": lambda p: 0.5 * p},
+    ),
+    "Discrete": (ActorCriticPolicy, "CartPole-v1", {}),
+    "Discrete, all options": (
+        ActorCriticPolicy,
+        "CartPole-v1",
+        {"clip_range_vf": 0.2, "target_kl": 0.01, "ent_coef": 0.01, "gae_lambda": 0.8, "gamma": 0.9},
+    ),
+    "images": (ActorCriticCnnPolicy, small_images, {"n_steps": 16, "batch_size": 8, "n_epochs": 2}),
+    "Dict, Discrete": (MultiInputActorCriticPolicy, lambda: several_inputs(True), {}),
+    "Dict, Box": (MultiInputActorCriticPolicy, lambda: several_inputs(False), {"ent_coef": 0.01}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_stock_ppo(case: str) -> None:
+    policy, env, options = CASES[case]
+    models = []
+    for algorithm in (PPO, PPOClip):
+        made = env if isinstance(env, str) else env()
+        model = algorithm(policy, made, **{**SMALL, **options})
+        before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+        model.learn(4 * model.n_steps)
+        assert any(not th.equal(before[name], tensor) for name, tensor in model.policy.state_dict().items())
+        models.append(model)
+    stock, ours = models
+    expected = stock.policy.state_dict()
+    for name, tensor in ours.policy.state_dict().items():
+        assert th.equal(tensor, expected[name]), name
+    assert ours._n_updates == stock._n_updates
+    # What stock PPO logs is logged under the same names and with the same values
+    for name, value in stock.logger.name_to_value.items():
+        if name.startswith("train/"):
+            assert ours.logger.name_to_value[name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
+def test_early_stop_was_exercised() -> None:
+    """The case above named "early stop" does stop: it makes fewer epochs than asked for."""
+    policy, env, options = CASES["Box, early stop"]
+    model = PPOClip(policy, env, **{**SMALL, **options})
+    model.learn(4 * model.n_steps)
+    assert model._n_updates < 4 * model.n_epochs
+
+
+def test_continues_like_stock_ppo_after_save_and_load(tmp_path) -> None:
+    """The optimizer's state comes along in the file: an update after loading is stock PPO's update after loading."""
+    results = []
+    for algorithm in (PPO, PPOClip):
+        model = algorithm(ActorCriticPolicy, "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=2, seed=3)
+        model.learn(128)
+        model.save(tmp_path / "model")
+        loaded = algorithm.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+        loaded.learn(128, reset_num_timesteps=False)
+        results.append(th.cat([parameter.flatten() for parameter in loaded.policy.parameters()]))
+    assert th.equal(*results)

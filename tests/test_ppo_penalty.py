@@ -1,0 +1,294 @@
+"""PPOPenalty: the penalty acts, the coefficient follows the rule, and both survive everything a user does to a model."""
+
+import math
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete, SimpleMultiObsEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
+from sb3_ppo_penalty.proximal import Drift
+
+SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0}
+
+
+def drift(kl: float) -> Drift:
+    return Drift(kl=kl, kl_estimate=kl, effective_sample_size=1.0, max_ratio=1.0)
+
+
+def model_with(**options) -> PPOPenalty:
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, **options})
+    model.set_logger(configure(None, []))
+    return model
+
+
+SPACES = {
+    "Box, fixed": ("Pendulum-v1", {}),
+    "Box, learned": ("Pendulum-v1", {"policy_kwargs": {"learn_covariance": True}}),
+    "Box, full": ("Reacher-v5", {"policy_kwargs": {"covariance": [[0.5, 0.2], [0.2, 0.4]]}}),
+    "Box, float64 (MuJoCo)": ("InvertedPendulum-v5", {}),
+    "gSDE": ("Pendulum-v1", {"use_sde": True}),
+    "gSDE, squashed": ("Pendulum-v1", {"use_sde": True, "policy_kwargs": {"squash_output": True}}),
+    "SB3's own policy": ("Pendulum-v1", {"policy": ActorCriticPolicy}),
+    "Discrete": ("CartPole-v1", {}),
+    "MultiDiscrete": (lambda: IdentityEnvMultiDiscrete(4), {}),
+    "MultiBinary": (lambda: IdentityEnvMultiBinary(4), {}),
+    "Dict": (SimpleMultiObsEnv, {"policy": "MultiInputPolicy"}),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_logged_kl_is_the_divergence_from_the_policy_that_acted(name: str, tmp_path) -> None:
+    """Measured again by loading the model that was saved before its last update and comparing distributions state by state."""
+    env, options = SPACES[name]
+    model = PPOPenalty(**{"policy": "MlpPolicy", "env": env if isinstance(env, str) else env(), **SMALL, **options})
+    model.learn(128)
+    model.save(tmp_path / "before")
+    model.learn(64, reset_num_timesteps=False)
+    acted = PPOPenalty.load(tmp_path / "before").policy
+    observations = model.rollout_buffer.observations
+    tensors = (
+        {k: th.as_tensor(v) for k, v in observations.items()} if isinstance(observations, dict) else th.as_tensor(observations)
+    )
+    with th.no_grad():
+        divergence = kl_divergence(*(parameters_of(policy.get_distribution(tensors)) for policy in (acted, model.policy)))
+    logged = model.logger.name_to_value
+    assert divergence.shape == (64,)
+    assert logged["train/kl"] > 1e-7
+    assert logged["train/kl"] == pytest.approx(divergence.mean().item(), rel=1e-3, abs=1e-7)
+
+
+def test_diagnostics_agree_with_the_rollout() -> None:
+    """Ratio, effective sample size and k3, from the actions in the buffer and torch's own densities."""
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, learning_rate=3e-3)
+    model.learn(64)
+    buffer = model.rollout_buffer
+    with th.no_grad():
+        means = model.policy.get_distribution(th.as_tensor(buffer.observations)).mode()
+    density = th.distributions.MultivariateNormal(means.double(), 0.5 * th.eye(1, dtype=th.float64))
+    ratio = (
+        (density.log_prob(th.as_tensor(buffer.actions).double()) - th.as_tensor(buffer.log_probs[:, 0]).double()).exp().numpy()
+    )
+    logged = model.logger.name_to_value
+    assert logged["train/max_ratio"] == pytest.approx(ratio.max(), rel=1e-4)
+    assert logged["train/effective_sample_size"] == pytest.approx(ratio.sum() ** 2 / (64 * (ratio**2).sum()), rel=1e-4)
+    assert logged["train/kl_estimate"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
+    assert logged["train/max_ratio"] > 1.05  # far enough from 1 for the figures above to mean something
+
+
+def test_a_heavier_penalty_keeps_the_policy_nearer() -> None:
+    """
+    Same seed, same first rollout: the divergence after the first update falls with the coefficient.
+
+    Without the critic, whose gradient would take nearly all of `max_grad_norm` here.
+    """
+    kls = []
+    options = {**SMALL, "n_epochs": 30, "learning_rate": 3e-3, "vf_coef": 0.0}
+    for kl_coef in (1e-3, 10.0, 1000.0):
+        model = PPOPenalty("MlpPolicy", "Pendulum-v1", **options, kl_coef=kl_coef)
+        model.learn(64)
+        kls.append(model.logger.name_to_value["train/kl"])
+    assert kls[0] > 2 * kls[1] > 4 * kls[2] > 0
+
+
+def test_penalty_pulls_towards_the_old_policy_and_the_old_policy_stays() -> None:
+    model = model_with(learning_rate=1e-2)
+    model.learn(64)
+    frozen = model._freeze_rollout()
+    kept = [tensor.clone() for tensor in frozen.old.per_state]
+    batch = next(iter(frozen.minibatches(64)))
+
+    def divergence() -> th.Tensor:
+        model.policy.evaluate_actions(batch.observations, batch.actions)
+        return kl_divergence(batch.old, model._current_parameters(batch.observations)).mean()
+
+    model.policy.zero_grad()
+    divergence().backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.policy.parameters())  # exactly 0 where it started
+    with th.no_grad():
+        model.policy.action_net.bias += 0.3
+    moved = divergence()
+    moved.backward()
+    assert moved.item() == pytest.approx(0.3**2 / (2 * 0.5), rel=1e-4)
+    assert model.policy.action_net.bias.grad.item() == pytest.approx(0.3 / 0.5, rel=1e-4)  # downhill is back
+    for tensor, before in zip(frozen.old.per_state, kept, strict=True):
+        assert th.equal(tensor, before)
+
+
+def test_without_penalty_or_clip_the_loss_is_the_plain_surrogate() -> None:
+    """The clip comes in addition: a range that nothing reaches changes no bit, a narrow one does."""
+    parameters = []
+    for clip_range in (None, 1e6, 1e-3):
+        model = PPOPenalty("MlpPolicy", "CartPole-v1", **SMALL, clip_range=clip_range, learning_rate=3e-3)
+        model.learn(128)
+        parameters.append(th.cat([p.detach().flatten() for p in model.policy.parameters()]))
+    assert th.equal(parameters[0], parameters[1])
+    assert not th.allclose(parameters[0], parameters[2], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected", "change"),
+    [(0.0151, 2.0, 1), (0.015, 1.0, 0), (0.01, 1.0, 0), (0.0067, 1.0, 0), (0.0066, 0.5, -1), (0.0, 0.5, -1)],
+)
+def test_the_documents_rule_with_the_papers_numbers(kl: float, expected: float, change: int) -> None:
+    model = model_with()
+    model._after_update(drift(kl))
+    logged = model.logger.name_to_value
+    assert model.kl_coef == expected
+    assert (logged["train/kl_coef"], logged["train/kl_coef_change"]) == (expected, change)
+    assert logged["train/kl_min"] == pytest.approx(0.01 / 1.5)
+    assert logged["train/kl_max"] == pytest.approx(0.015)
+
+
+def test_explicit_thresholds_override_the_target() -> None:
+    model = model_with(target_kl=0.5, kl_min=0.001, kl_max=0.002, kl_coef_factor=3.0)
+    model._after_update(drift(0.0021))
+    assert model.kl_coef == 3.0
+    model._after_update(drift(0.0009))
+    assert model.kl_coef == 1.0
+
+
+def test_target_none_is_the_papers_target() -> None:
+    assert model_with(target_kl=None).kl_thresholds == model_with(target_kl=0.01).kl_thresholds
+
+
+def test_coefficient_stays_inside_its_bounds_and_comes_back() -> None:
+    model = model_with(kl_coef_bounds=(0.25, 2.5))
+    seen = []
+    for kl in (1, 1, 1, 0, 0, 0, 0, 1):
+        model._after_update(drift(kl))
+        seen.append(model.kl_coef)
+    assert seen == [2.0, 2.5, 2.5, 1.25, 0.625, 0.3125, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_divergence_that_is_not_finite_moves_nothing_and_is_told(kl: float) -> None:
+    model = model_with()
+    with pytest.warns(RuntimeWarning, match=f"{kl}"):
+        model._after_update(drift(kl))
+    assert model.kl_coef == 1.0
+    assert model.logger.name_to_value["train/kl_coef_change"] == 0
+
+
+def test_saturation_is_told_once_after_ten_updates_in_a_row() -> None:
+    model = model_with(kl_coef_bounds=(1.0, 1.5))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model._after_update(drift(1.0))  # 1 -> 1.5: the rule wanted 2
+        for _ in range(8):
+            model._after_update(drift(1.0))
+        assert not told
+        model._after_update(drift(1.0))
+        assert len(told) == 1
+        assert "kl_coef" in str(told[0].message)
+        assert "lower `learning_rate`" in str(told[0].message)
+        for _ in range(30):
+            model._after_update(drift(1.0))
+    assert len(told) == 1
+
+
+def test_saturation_counts_only_updates_in_a_row_and_not_a_fixed_coefficient() -> None:
+    model = model_with(kl_coef_bounds=(1.0, 1.5))
+    fixed = model_with(kl_coef_bounds=(1.0, 1.0))
+    for _ in range(3):
+        for _ in range(9):
+            model._after_update(drift(1.0))
+        model._after_update(drift(0.01))
+    for _ in range(20):
+        fixed._after_update(drift(1.0))  # warnings are errors here
+    assert fixed.kl_coef == 1.0
+
+
+def test_coefficient_survives_save_load_learn(tmp_path) -> None:
+    """Trap of SB3: load restores attributes and then builds the model again."""
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, kl_coef=3.0, kl_coef_factor=1.7, kl_coef_bounds=(0.01, 77.0))
+    model.learn(192)
+    assert model.kl_coef != 3.0
+    model._saturated_updates = 4
+    model.save(tmp_path / "model")
+    loaded = PPOPenalty.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+    assert loaded.kl_coef == model.kl_coef
+    assert (loaded.kl_coef_factor, loaded.kl_coef_bounds, loaded._saturated_updates) == (1.7, (0.01, 77.0), 4)
+    loaded.learn(64, reset_num_timesteps=False)
+    steps = loaded.logger.name_to_value["train/kl_coef_change"]
+    assert loaded.kl_coef == pytest.approx(model.kl_coef * 1.7**steps)
+    assert PPOPenalty.load(tmp_path / "model", kl_coef=5.0).kl_coef == 5.0
+
+
+def test_nothing_of_a_rollout_reaches_the_file(tmp_path) -> None:
+    """Trap of SB3: save writes all of __dict__. The file of a large rollout is as small as that of an untrained model."""
+    sizes = []
+    for steps in (0, 4096):
+        model = PPOPenalty("MlpPolicy", "Pendulum-v1", n_steps=4096, batch_size=4096, n_epochs=1)
+        if steps:
+            model.learn(steps)
+        model.save(tmp_path / "model.zip")
+        sizes.append((tmp_path / "model.zip").stat().st_size)
+    assert sizes[1] < sizes[0] + 150_000  # Adam's two moments of 9,000 weights, and no 4096 transitions beside them
+
+
+def test_logs_all_of_ppos_keys_and_its_own(tmp_path) -> None:
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, clip_range_vf=0.2)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(128)
+    model.logger.close()
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    stock = (
+        "entropy_loss policy_gradient_loss value_loss approx_kl clip_fraction loss explained_variance std n_updates clip_range"
+    )
+    own = "kl kl_coef kl_coef_change kl_min kl_max kl_estimate effective_sample_size max_ratio clip_range_vf learning_rate"
+    assert {f"train/{key}" for key in f"{stock} {own}".split()} <= set(header)
+
+
+def test_learns_a_task_whose_answer_is_known() -> None:
+    """A bandit: the observation is the bit to answer. Chance is 0.5 a step, 50 an episode; always right is 100."""
+    from stable_baselines3.common.envs import IdentityEnv
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    for algorithm in (PPOPenalty, PPOClip):
+        env = IdentityEnv(2, ep_length=100)
+        env.action_space.seed(0)
+        model = algorithm("MlpPolicy", env, n_steps=256, batch_size=64, learning_rate=3e-3, seed=0)
+        model.learn(5000)
+        mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=5, warn=False)
+        assert mean == 100
+
+
+def test_custom_evaluate_actions_is_still_penalised() -> None:
+    """A policy that evaluates on its own, without SB3's shared distribution object, gets the same penalty."""
+
+    class Own(ActorCriticPolicy):
+        def evaluate_actions(self, obs, actions):
+            distribution = self.get_distribution(obs)
+            found = self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+            self.action_dist.proba_distribution(th.zeros(1, 1), self.log_std)  # what it leaves behind says nothing
+            return found
+
+    results = []
+    for policy in (ActorCriticPolicy, Own):
+        model = PPOPenalty(policy, "Pendulum-v1", **SMALL, learning_rate=3e-3)
+        model.learn(128)
+        results.append(th.cat([p.detach().flatten() for p in model.policy.parameters()]))
+    th.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
+def test_dropout_does_not_blur_the_measured_divergence(algorithm) -> None:
+    """With a learning rate of 0 nothing moves, whatever the dropout did during the epochs."""
+    from stable_baselines3.common.torch_layers import FlattenExtractor
+
+    class Dropped(FlattenExtractor):
+        def forward(self, observations):
+            return th.nn.functional.dropout(super().forward(observations), 0.5, self.training)
+
+    options = {"features_extractor_class": Dropped}
+    model = algorithm("MlpPolicy", "Pendulum-v1", **SMALL, learning_rate=0.0, policy_kwargs=options)
+    model.learn(64)
+    assert model.logger.name_to_value["train/kl"] == 0
+    assert model.logger.name_to_value["train/max_ratio"] == pytest.approx(1, abs=1e-4)
