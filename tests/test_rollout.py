@@ -51,6 +51,11 @@ def test_minibatches_are_those_of_sb3(name: str) -> None:
             assert th.equal(getattr(batch, field), getattr(expected, field)), field
 
 
+def test_discrete_actions_are_whole_numbers_in_one_column() -> None:
+    actions = Rollout.of(collected("CartPole-v1").rollout_buffer).actions
+    assert (actions.dtype, actions.shape) == (th.int64, (48,))
+
+
 def test_tensors_share_the_buffers_memory_on_the_cpu() -> None:
     model = collected("Pendulum-v1")
     ours = Rollout.of(model.rollout_buffer)
