@@ -1,0 +1,335 @@
+import csv
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import make
+from PIL import Image
+from scipy.stats import norm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip, PPOPenalty, losses
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script: str, *arguments: str, folder: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    finished = subprocess.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def script_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pixels(picture: Path) -> np.ndarray:
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def panel_has(panel: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return (np.abs(panel - np.array(colour)).max(axis=2) < 8).sum() > 100
+
+
+def red(image: np.ndarray) -> np.ndarray:
+    return image[:, :, 0] - image[:, :, 1] > 80
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(one: th.nn.Module, other: th.nn.Module) -> bool:
+    return all(th.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# matplotlib's tab:green and tab:blue, tab:red at 45 % over white, and the two ends of viridis that are used
+GREEN, BLUE, RED, PURPLE, LIGHT_GREEN = (44, 160, 44), (31, 119, 180), (236, 157, 158), (68, 1, 84), (122, 209, 81)
+
+
+def test_plot_objectives_draws_the_four_panels(tmp_path):
+    out = tmp_path / "new" / "objectives.png"
+    assert str(out) in run("plot_objectives.py", "--out", str(out), folder=tmp_path)
+    image = pixels(out)
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    panels = [image[:height, :width], image[:height, width:], image[height:, :width], image[height:, width:]]
+    drawn = [[panel_has(panel, colour) for colour in (GREEN, BLUE, RED, PURPLE, LIGHT_GREEN)] for panel in panels]
+    assert drawn == [
+        [False, True, False, False, False],
+        [True, True, True, False, False],
+        [True, True, True, False, False],
+        [False, False, False, True, True],
+    ]
+    assert out.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", ["objectives", "importance_sampling"])
+def test_committed_pictures_are_small_and_not_blank(name):
+    picture = EXAMPLES / "results" / f"{name}.png"
+    assert picture.stat().st_size < 300_000
+    assert panel_has(pixels(picture), BLUE)
+
+
+def test_curves_of_plot_objectives():
+    script = script_module("plot_objectives")
+    ratio = th.tensor([0.0, 0.5, 0.8, 1.0, 1.1, 1.2, 2.0])
+    curves = {
+        "clip": script.clip_curve(ratio),
+        "unclipped": script.surrogate_curve(ratio, -1.0),
+        "good": script.clipped_surrogate_curve(ratio, 1.0),
+        "bad": script.clipped_surrogate_curve(ratio, -1.0),
+    }
+    expected = {
+        "clip": [0.8, 0.8, 0.8, 1.0, 1.1, 1.2, 1.2],
+        "unclipped": [0.0, -0.5, -0.8, -1.0, -1.1, -1.2, -2.0],
+        "good": [0.0, 0.5, 0.8, 1.0, 1.1, 1.2, 1.2],
+        "bad": [-0.8, -0.8, -0.8, -1.0, -1.1, -1.2, -2.0],
+    }
+    for name, values in expected.items():
+        assert curves[name].tolist() == pytest.approx(values, abs=1e-6), name
+    # A Gaussian shifted by d standard deviations: J = d, KL = d^2 / 2
+    shift = th.tensor([-0.5, 0.0, 1.0, 2.0])
+    objective, divergence = script.penalized_curve(shift, 2.0)
+    assert divergence.tolist() == pytest.approx([0.125, 0.0, 0.5, 2.0], abs=1e-9)
+    assert objective.tolist() == pytest.approx([-0.75, 0.0, 0.0, -2.0], abs=1e-6)
+
+
+def test_curves_of_plot_objectives_follow_the_package(monkeypatch):
+    script = script_module("plot_objectives")
+    ratio, shift = th.tensor([0.5, 1.0, 2.0]), th.tensor([1.0])
+    clipped, penalized = losses.clipped_surrogate, losses.penalized_surrogate
+    monkeypatch.setattr(losses, "clipped_surrogate", lambda r, a, eps: clipped(r, a, 2 * eps))
+    monkeypatch.setattr(losses, "penalized_surrogate", lambda j, kl, beta: penalized(j, kl, 0.0))
+    monkeypatch.setattr(losses, "surrogate", lambda r, a: (r * a).mean())
+    monkeypatch.setattr(script, "kl_diagonal_gaussian", lambda mean, std, new_mean, new_std: th.full((1,), 7.0))
+    assert script.clip_curve(ratio).tolist() == pytest.approx([0.6, 1.0, 1.4])
+    assert script.penalized_curve(shift, 2.0)[0].item() == pytest.approx(1.0)
+    assert script.penalized_curve(shift, 2.0)[1].item() == 7.0
+
+
+def integral(integrand: Callable[[np.ndarray], np.ndarray]) -> float:
+    # The trapezoidal rule is exact to rounding for functions that vanish at both ends
+    x = np.linspace(-50, 50, 200_001)
+    return np.trapezoid(integrand(x), x)
+
+
+def test_importance_sampling_table_against_integrals(tmp_path):
+    n_samples = 200_000
+    output = run(
+        "importance_sampling.py", "--n-samples", str(n_samples), "--out", str(tmp_path / "picture.png"), folder=tmp_path
+    )
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["shift", "width"])
+    names = lines[start].split()
+    table = [dict(zip(names, map(float, line.split()), strict=True)) for line in lines[start + 1 : lines.index("", start)]]
+    assert [row["shift"] for row in table if row["width"] == 1] == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    for row in table:
+        q = norm(row["shift"], row["width"])
+
+        def moment(f_power: int, weight_power: int, q=q) -> float:
+            log_product = lambda x: weight_power * norm.logpdf(x) + (1 - weight_power) * q.logpdf(x)  # noqa: E731
+            return integral(lambda x: x ** (2 * f_power) * np.exp(log_product(x)))
+
+        exact_mean = moment(1, 1)
+        assert row["mean"] == pytest.approx(exact_mean, rel=1e-3)
+        kl = integral(lambda x, q=q: q.pdf(x) * (q.logpdf(x) - norm.logpdf(x)))
+        assert row["KL(q||p)"] == pytest.approx(kl, rel=1e-3, abs=1e-9)
+        if row["width"] < math.sqrt(0.5):
+            assert (row["var"], row["ess"]) == (math.inf, 0)
+            continue
+        variance = moment(2, 2) - exact_mean**2
+        assert row["var"] == pytest.approx(variance, rel=1e-3)
+        assert row["ess"] == pytest.approx(1 / moment(0, 2), rel=1e-3)
+        assert abs(row["mean*"] - exact_mean) < 4.5 * math.sqrt(variance / n_samples)
+        if row["shift"] <= 0.75 and row["width"] >= 1:
+            fourth = moment(4, 4) - 4 * moment(3, 3) + 6 * moment(2, 2) - 3
+            assert abs(row["var*"] - variance) < 4.5 * math.sqrt((fourth - variance**2) / n_samples)
+            assert row["ess*"] == pytest.approx(row["ess"], rel=0.02)
+    equal_widths = [row for row in table if row["width"] == 1]
+    assert [row["ess"] for row in equal_widths] == pytest.approx(
+        [math.exp(-(row["shift"] ** 2)) for row in equal_widths], rel=1e-3
+    )
+    assert panel_has(pixels(tmp_path / "picture.png"), BLUE)
+
+
+def test_document_recipe_logs_saves_and_renders_like_the_document(tmp_path):
+    output = run(
+        "document_recipe.py",
+        "--n-timesteps",
+        "4400",
+        "--save-freq",
+        "1",
+        "--render-every",
+        "2",
+        "--seed",
+        "3",
+        folder=tmp_path,
+    )
+    out = tmp_path / "runs" / "document_recipe"
+    rows = rows_of(out / "progress.csv")
+    # Each line belongs to one iteration: its own batch and its own ten updates
+    for key, values in {
+        "time/iterations": [1, 2],
+        "time/total_timesteps": [2200, 4400],
+        "train/n_updates": [10, 20],
+        "rollout/ep_len_mean": [200, 200],
+    }.items():
+        assert [float(row[key]) for row in rows] == values, key
+    assert {"rollout/ep_rew_mean", "train/policy_gradient_loss", "train/value_loss"} <= set(rows[0])
+    assert f"last batch: {float(rows[-1]['rollout/ep_rew_mean']):.2f}, 11 episodes, iteration 2\n" in output
+    assert "-76.99" in output
+    assert "-137.6" in output
+
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
+        "ppo_document_2200_steps.zip",
+        "ppo_document_4400_steps.zip",
+    ]
+    first, second = (PPOClip.load(out / "checkpoints" / f"ppo_document_{steps}_steps.zip") for steps in (2200, 4400))
+    final = PPOClip.load(out / "model")
+    assert same_weights(second.policy, final.policy), "saved after the iteration's updates"
+    assert not same_weights(first.policy, final.policy)
+    action, _ = first.predict(np.array([1.0, 0.0, 0.0], dtype=np.float32))
+    assert first.action_space.contains(action)
+
+    assert [path.name for path in (out / "episodes").iterdir()] == ["iteration_00001.gif"]
+    with Image.open(out / "episodes" / "iteration_00001.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (100, 40)
+        poses = []
+        for frame in (0, 20, 40):
+            gif.seek(frame)
+            poses.append(np.asarray(gif.convert("RGB")).astype(int))
+    assert len({pose.tobytes() for pose in poses}) == 3, "the pendulum moves"
+    # The batch's first episode: one step, whatever its torque, turns the rod by less than a degree from the seeded start
+    start = make("Pendulum-v1", render_mode="rgb_array")
+    start.reset(seed=3)
+    start.step(np.zeros(1))
+    first_rod, rod = red(start.render()[::2, ::2].astype(int)), red(poses[0])
+    start.close()
+    assert (first_rod & rod).sum() > 0.85 * (first_rod | rod).sum() > 500
+
+
+def test_document_recipe_averages_over_the_batch(tmp_path, monkeypatch):
+    script = script_module("document_recipe")
+    batches: list[float] = []
+
+    class Spy(PPOClip):
+        def train(self) -> None:
+            batches.append(self.rollout_buffer.rewards.sum() / 11)
+            super().train()
+
+    monkeypatch.setattr(script, "PPOClip", Spy)
+    script.main(["--n-timesteps", "4400", "--out", str(tmp_path)])
+    averages = [float(row["rollout/ep_rew_mean"]) for row in rows_of(tmp_path / "progress.csv")]
+    assert averages == pytest.approx(batches, rel=1e-5)
+    assert len(averages) == 2
+    assert DOCUMENT_RECIPE["n_steps"] == 11 * 200
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("features")
+    output = run("sb3_features.py", folder=folder)
+    parts = re.split(r"^== (\w+)\n", output, flags=re.MULTILINE)[1:]
+    printed = dict(zip(parts[::2], parts[1::2], strict=True))
+    out = folder / "runs" / "sb3_features"
+    for name, part in printed.items():
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in (out / name).rglob("*") if path.is_file()}
+        assert {name: int(size) for name, size in re.findall(r"wrote (\S+) \((\d+) bytes\)", part)} == files
+    return out, printed
+
+
+def test_callbacks_evaluate_save_and_stop(features):
+    out, printed = features[0] / "callbacks", features[1]["callbacks"]
+    evaluations = np.load(out / "evaluations.npz")
+    means = evaluations["results"].mean(axis=1)
+    assert evaluations["results"].shape[1] == 10
+    assert means[-1] >= 200
+    assert (means[:-1] < 200).all()
+    stopped = int(evaluations["timesteps"][-1])
+    assert f"stopped after {stopped} of 30000 steps, best mean return {means[-1]:g}" in printed
+    assert stopped < 30_000
+    assert f"{stopped:,}/30,000" in printed, "the progress bar"
+
+    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert checkpoints == sorted(f"ppo_penalty_{steps}_steps.zip" for steps in evaluations["timesteps"])
+    last = PPOPenalty.load(out / "checkpoints" / f"ppo_penalty_{stopped}_steps.zip")
+    best = PPOPenalty.load(out / "best_model")
+    assert same_weights(best.policy, last.policy), "training ended at the best model"
+    action, _ = best.predict(make("CartPole-v1").reset(seed=0)[0])
+    assert action in (0, 1)
+
+
+def test_normalization_is_saved_with_the_model(features):
+    out, printed = features[0] / "normalization", features[1]["normalization"]
+    match = re.search(r"mean return (\S+), after loading (\S+); kl_coef (\S+), after loading (\S+)\n", printed)
+    assert match
+    assert match[1] == match[2]
+    assert match[3] == match[4]
+    env = VecNormalize.load(str(out / "vecnormalize.pkl"), make_vec_env("Pendulum-v1", n_envs=2))
+    # Every observation of the rollouts and the first two; RunningMeanStd starts at 1e-4
+    assert env.obs_rms.count == pytest.approx(2048 + 2, abs=1)
+    model = PPOPenalty.load(out / "model", env=env)
+    assert model.kl_coef == float(match[3])
+    # The velocity reaches 8, far from the scale that a network likes: without VecNormalize its variance would be 1
+    assert env.obs_rms.var[2] > 4
+    assert np.abs(env.reset()).max() <= 10
+
+
+def test_subprocesses_each_ran_their_own_episodes(features):
+    out, printed = features[0] / "subprocesses", features[1]["subprocesses"]
+    assert "2048 steps from 2 processes\n" in printed
+    episodes = []
+    for process in (0, 1):
+        lines = (out / f"{process}.monitor.csv").read_text().splitlines()
+        assert lines[1] == "r,l,t"
+        episodes.append([line.split(",")[:2] for line in lines[2:]])
+    assert [[length for _, length in part] for part in episodes] == [["200"] * 5] * 2
+    assert episodes[0] != episodes[1]
+    assert PPOPenalty.load(out / "model").num_timesteps == 2048
+
+
+def test_loggers_agree(features):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, printed = features[0] / "loggers", features[1]["loggers"]
+    rows = rows_of(out / "progress.csv")
+    assert [row["time/total_timesteps"] for row in rows] == [str(512 * number) for number in range(1, 7)]
+    accumulator = EventAccumulator(str(out)).Reload()
+    for key in ("train/kl", "train/kl_coef", "train/kl_max", "train/effective_sample_size", "train/max_ratio"):
+        events = accumulator.Scalars(key)
+        assert [event.step for event in events] == [512 * number for number in range(2, 7)]
+        assert [event.value for event in events] == pytest.approx([float(row[key]) for row in rows[1:]], rel=1e-6)
+    coefficients = re.findall(r"^ *(\d+) +[\d.]+ +(\S+)$", printed, flags=re.MULTILINE)
+    assert [(int(steps), float(value)) for steps, value in coefficients] == [
+        (int(row["time/total_timesteps"]), float(row["train/kl_coef"])) for row in rows[1:]
+    ]
+    assert len({value for _, value in coefficients}) > 1, "the coefficient moves"
+
+
+def test_unknown_feature_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        script_module("sb3_features").main(["callback"])
+    named = "no such feature: callback; there are callbacks, normalization, subprocesses, loggers"
+    assert named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
