@@ -1,0 +1,30 @@
+"""What can be compared. Imports nothing, so that the command line's help needs none of the extras."""
+
+from typing import NamedTuple
+
+
+class Algorithm(NamedTuple):
+    """
+    :param zoo_name: what RL Zoo calls the class
+    :param objective: under ``--same-policy``, algorithms with the same objective take all settings from one entry, others
+        keep the settings of their own objective
+    """
+
+    zoo_name: str
+    objective: str
+
+
+ALGORITHMS = {
+    "ppo_penalty": Algorithm("ppo_penalty", "penalty"),
+    "ppo_clip": Algorithm("ppo_clip", "clip"),
+    "ppo": Algorithm("ppo", "clip"),
+    "trpo": Algorithm("trpo", "trust region"),
+    "ppo_document": Algorithm("ppo_clip", "clip"),
+}
+
+#: What the others are measured against
+BASELINE = "ppo"
+#: Has no Zoo entry: its settings are ``sb3_ppo_penalty.DOCUMENT_RECIPE``
+DOCUMENT = "ppo_document"
+#: Those whose Zoo entries come with this package and suit its policies
+OWN = ("ppo_penalty", "ppo_clip")

@@ -1,0 +1,234 @@
+"""``python -m sb3_ppo_penalty compare``: run the comparison, or what is missing of it, and write the report."""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from sb3_ppo_penalty import zoo
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, OWN
+
+if TYPE_CHECKING:
+    from sb3_ppo_penalty.study.grid import Comparison, Task
+
+#: Beyond what RL Zoo needs
+REQUIRED = ("joblib", "matplotlib", "pytablewriter", "scipy", "tqdm", "yaml")
+DEFAULT_ALGOS = ("ppo_penalty", "ppo_clip", "ppo", "trpo")
+#: (seeds, steps): a first look within five minutes on two cores, and the study behind a claim. 100,000 steps are what RL Zoo's
+#: entries for Pendulum-v1 were tuned for; with fewer than ten seeds bootstrap intervals are too narrow (Agarwal et al. 2021)
+FIRST_LOOK, FULL = (3, 50_000), (10, 100_000)
+#: Evaluations during training
+EVALUATIONS = 20
+PROGRAM = "python -m sb3_ppo_penalty compare"
+EPILOG = f"""\
+settings:
+  ppo_penalty and ppo_clip take this package's tuned entry for the environment, ppo and trpo RL Zoo's. Other entries:
+  --conf-file, in RL Zoo's YAML format. Single values: --hyperparams, as Python literals (1e-3, True) or as RL Zoo's strings
+  (lin_0.001, "dict(covariance=0.3)"). Both take an algorithm's name in front, or hold for all of them.
+
+how much:
+  The plain command is a first look: {FIRST_LOOK[0]} seeds, {FIRST_LOOK[1]:,} steps, so that it ends within five minutes on two
+  cores. So few seeds say little about the spread: what one may quote is --full, {FULL[0]} seeds of {FULL[1]:,} steps,
+  about half an hour on two cores.
+
+what comes out:
+  --out gets report.md, results.csv, the plots, and a folder for each finished run. The same command again, after it was
+  ended in any way, performs only what is missing. A run counts as done only if all that decides its result is the same:
+  settings, seed, steps, evaluation, versions of the packages. One comparison at a time in a folder.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """:return: of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train algorithms side by side over seeds, evaluate them on the same starts, and write a report.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--env", default="Pendulum-v1", metavar="ID", help="environment (default: %(default)s)")
+    names = f"any of {' '.join(ALGORITHMS)} (default: {' '.join(DEFAULT_ALGOS)})"
+    add("--algos", nargs="+", default=list(DEFAULT_ALGOS), choices=list(ALGORITHMS), metavar="ALGO", help=names)
+    add(
+        "--full", action="store_true", help=f"{FULL[0]} seeds and {FULL[1]:,} steps where --seeds and --n-timesteps do not say"
+    )
+    add("--seeds", type=_positive, metavar="N", help=f"number of seeds (default: {FIRST_LOOK[0]})")
+    add("--first-seed", type=int, default=0, metavar="S", help="the seeds are S, S+1, ... (default: %(default)s)")
+    add("--n-timesteps", type=_positive, metavar="N", help=f"environment steps of a run (default: {FIRST_LOOK[1]})")
+    add(
+        "--n-jobs",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="runs at a time, a core each; -1: as many as there are cores (default)",
+    )
+    add("--out", metavar="FOLDER", help="default: runs/ and the environment's name, here runs/pendulum")
+    add("--conf-file", nargs="+", default=[], metavar="[ALGO:]FILE", help="hyperparameters, YAML as in RL Zoo")
+    add("--hyperparams", nargs="+", default=[], metavar="[ALGO:]KEY=VALUE", help="overwrite single hyperparameters")
+    same = "every algorithm gets this package's fixed-covariance policy, and all settings that are not its objective's, from "
+    same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_document stays as it is"
+    add("--same-policy", nargs="?", const="ppo_clip", choices=OWN, metavar="ALGO", help=same)
+    add("--threshold", type=float, metavar="R", help="return to be reached (default: -200 for Pendulum-v1, else Gymnasium's)")
+    add(
+        "--eval-freq", type=_positive, metavar="N", help=f"steps between evaluations (default: a {EVALUATIONS}th of the steps)"
+    )
+    add("--n-eval-episodes", type=_positive, default=1000, metavar="N", help="of the last evaluation (default: %(default)s)")
+    add("--device", default="cpu", help="of the networks (default: %(default)s)")
+    add("--gym-packages", nargs="+", default=[], metavar="MODULE", help="modules that register environments when imported")
+    return parser
+
+
+def _positive(text: str) -> int:
+    """
+    :param text: of the command line
+    :return: a number of at least 1
+    """
+    number = int(float(text))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str, str]]:
+    """
+    :param words: ``ALGO:REST``, or ``REST`` for all
+    :param algos: of the comparison
+    :return: (algorithm, rest), in order
+    :raises ValueError: for an algorithm that is not compared
+    """
+    pairs: list[tuple[str, str]] = []
+    for word in words:
+        named = re.fullmatch(rf"({'|'.join(ALGORITHMS)}):(.+)", word)
+        if named and named[1] not in algos:
+            raise ValueError(f"{word}: {named[1]} is not among --algos {' '.join(algos)}")
+        pairs += [(named[1], named[2])] if named else [(algo, word) for algo in algos]
+    return pairs
+
+
+def read_overrides(words: Sequence[str], algos: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """
+    :param words: ``[ALGO:]KEY=VALUE``
+    :param algos: of the comparison
+    :return: hyperparameters by algorithm
+    :raises ValueError: for a word that is none of these, or that another argument is for
+    """
+    from sb3_ppo_penalty.study.grid import literal
+
+    overrides: dict[str, dict[str, Any]] = {algo: {} for algo in algos}
+    for algo, word in split_by_algo(words, algos):
+        key, equals, value = word.partition("=")
+        if not (key.isidentifier() and equals and value):
+            raise ValueError(
+                f"--hyperparams {word}: must be KEY=VALUE, with an algorithm of --algos and a colon in front or not"
+            )
+        if key == "n_timesteps":
+            raise ValueError(f"--hyperparams {word}: all runs are equally long, see --n-timesteps")
+        overrides[algo][key] = literal(value)
+    return overrides
+
+
+def build_task(arguments: argparse.Namespace) -> "Task":
+    """
+    :param arguments: of the command line, with its presets filled in
+    :return: what all runs have in common
+    :raises ValueError: for an environment that nobody has registered
+    """
+    import gymnasium as gym
+
+    from sb3_ppo_penalty.study.grid import Task, prepare
+
+    prepare(arguments.gym_packages)
+    if arguments.env not in gym.registry:
+        raise ValueError(
+            f"--env {arguments.env}: not registered; with --gym-packages the modules that register it can be named"
+        )
+    every = arguments.eval_freq or max(arguments.n_timesteps // EVALUATIONS, 1)
+    if every > arguments.n_timesteps:
+        raise ValueError(f"--eval-freq {every}: a run has only {arguments.n_timesteps} steps")
+    packages = tuple(arguments.gym_packages)
+    return Task(arguments.env, arguments.n_timesteps, every, arguments.n_eval_episodes, arguments.device, packages)
+
+
+def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison":
+    """
+    :param arguments: of the command line
+    :param command: that was given
+    :return: what is to be compared
+    :raises ValueError: for arguments that cannot be meant
+    """
+    from pathlib import Path
+
+    import gymnasium as gym
+
+    from sb3_ppo_penalty.study import grid
+
+    preset = FULL if arguments.full else FIRST_LOOK
+    arguments.seeds, arguments.n_timesteps = arguments.seeds or preset[0], arguments.n_timesteps or preset[1]
+    algos = list(dict.fromkeys(arguments.algos))
+    task = build_task(arguments)
+    donor = arguments.same_policy
+    conf_files = dict(split_by_algo(arguments.conf_file, [*algos, *([donor] if donor else [])]))
+    overrides = read_overrides(arguments.hyperparams, algos)
+    settings = grid.work_out_settings(algos, task, conf_files, overrides, donor)
+    name = arguments.env.split("/")[-1].rpartition("-v")[0].lower() or arguments.env.lower()
+    out = Path(arguments.out or f"runs/{name}{'-same-policy' if donor else ''}")
+    threshold = arguments.threshold
+    if threshold is None:
+        threshold = grid.THRESHOLDS.get(arguments.env, gym.spec(arguments.env).reward_threshold)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    return grid.Comparison(grid.plan(settings, task, seeds), task, settings, out, threshold, donor, command)
+
+
+def compare(comparison: "Comparison", n_jobs: int) -> int:
+    """
+    Perform what is missing, then report on all there is.
+
+    :param comparison: to be made or finished
+    :param n_jobs: runs at a time
+    :return: exit code: 1 if a run failed
+    """
+    from sb3_ppo_penalty.study.execution import execute, is_finished
+    from sb3_ppo_penalty.study.report import table, write
+    from sb3_ppo_penalty.study.results import read
+
+    done = sum(is_finished(run, comparison.out) for run in comparison.runs)
+    say(f"{len(comparison.runs)} runs, {done} of them finished before, in {comparison.out}")
+    errors = execute(comparison.runs, comparison.out, n_jobs)
+    results = read(comparison.runs, comparison.out, comparison.threshold)
+    if results.algos:
+        write(comparison, results, errors)
+        say(f"\n{table(comparison, results)}\n{comparison.out / 'report.md'} has the plots and says how to read this.")
+    if errors:
+        say(f"{len(errors)} of {len(comparison.runs)} runs failed: {', '.join(errors)}. The same command tries them again.")
+    return 1 if errors else 0
+
+
+def say(text: str) -> None:
+    """:param text: for the person at the command line."""
+    print(text, flush=True)  # noqa: T201
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    :param argv: the command's arguments, without its name; default: this process's
+    :return: exit code: 0 if every run finished, 1 if one failed, 2 for wrong arguments, 130 if ended from the keyboard
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    missing = [name for name in (*zoo.REQUIRED, *REQUIRED) if find_spec(name) is None]
+    if missing:
+        parser.exit(1, f"{zoo.MissingExtraError('compare', *missing)}\n")
+    try:
+        comparison = build_comparison(arguments, shlex.join([*PROGRAM.split(), *words]))
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        return compare(comparison, arguments.n_jobs)
+    except KeyboardInterrupt:
+        say("\nEnded. What is finished is kept; the same command goes on from here.")
+        return 130

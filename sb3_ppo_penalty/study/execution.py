@@ -1,0 +1,217 @@
+"""Many runs: in parallel, resumable, and none of them able to take another one down."""
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
+
+from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from sb3_ppo_penalty.study.grid import Run
+from sb3_ppo_penalty.study.run import STEPS, perform
+
+#: Folders in the comparison's own
+RUNS, FAILURES = "runs", "failures"
+LOG = "log.txt"
+#: Seconds between two looks at how far the runs are: at a terminal, and where every look leaves a line behind
+REFRESH, REFRESH_LOG = 0.5, 30.0
+
+
+class Outcome(NamedTuple):
+    """
+    :param name: of the run
+    :param error: traceback, empty if the run finished
+    """
+
+    name: str
+    error: str
+
+
+def is_finished(run: Run, out: Path) -> bool:
+    """
+    :param run: of the comparison
+    :param out: the comparison's folder
+    :return: whether its folder is there: it gets its name when all is in it
+    """
+    return (out / RUNS / run.name).is_dir()
+
+
+def _unfinished_folders(out: Path, name: str = "") -> list[Path]:
+    """
+    :param out: the comparison's folder
+    :param name: of a run; empty for all of them
+    :return: what runs that are under way, or were broken off, have written
+    """
+    return sorted((out / RUNS).glob(f".{name}*"))
+
+
+def attempt(run: Run, out: Path, waiting: int) -> Outcome:
+    """
+    Perform a run in a hidden folder that takes its name at the end, in one step.
+
+    :param run: what to train
+    :param out: the comparison's folder
+    :param waiting: id of the process that waits for it
+    :return: an error of the run's is reported, not raised
+    """
+    folder, final = out / RUNS / f".{run.name}.{os.getpid()}", out / RUNS / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    log = out / RUNS / f".{run.name}.{os.getpid()}.{LOG}"
+    try:
+        with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+            perform(run, folder, waiting if waiting != os.getpid() else None)
+        os.replace(log, folder / LOG)
+        if not final.exists():  # a run that is finished is never overwritten
+            os.rename(folder, final)
+    except Exception:
+        return Outcome(run.name, traceback.format_exc())
+    finally:
+        log.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return Outcome(run.name, "")
+
+
+def execute(runs: Iterable[Run], out: Path, n_jobs: int) -> dict[str, str]:
+    """
+    Perform those that are not finished.
+
+    :param runs: of the comparison
+    :param out: the comparison's folder; gets a folder for each finished run and a traceback for each that failed
+    :param n_jobs: how many at a time, -1 for as many as there are cores
+    :return: tracebacks by run
+    """
+    (out / RUNS).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / FAILURES, ignore_errors=True)
+    _clear(out)
+    runs = list(runs)
+    remaining = {run.name: run for run in runs if not is_finished(run, out)}
+    errors = {}
+    with progress_bar(runs, out) as bar:
+        for outcome in _outcomes(remaining, out, n_jobs):
+            if outcome.error:
+                errors[outcome.name] = outcome.error
+                (out / FAILURES).mkdir(exist_ok=True)
+                (out / FAILURES / f"{outcome.name}.txt").write_text(outcome.error)
+                bar.write(f"{outcome.name} failed:\n{outcome.error}", file=sys.stderr)
+    return errors
+
+
+def _outcomes(remaining: dict[str, Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+    """
+    :param remaining: by name; emptied
+    :param out: the comparison's folder
+    :param n_jobs: how many at a time
+    :return: each run's outcome as soon as it has one
+    """
+    while remaining:
+        yield from _until_one_dies(remaining, out, n_jobs)
+
+
+def _until_one_dies(remaining: dict[str, Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+    """
+    :param remaining: by name; those that have an outcome leave it
+    :param out: the comparison's folder
+    :param n_jobs: how many at a time
+    :return: outcomes, until all have one or a process has died without a word (out of memory, a fault in native code)
+    """
+    try:
+        for outcome in _in_processes(remaining.values(), out, n_jobs):
+            del remaining[outcome.name]
+            yield outcome
+    except BrokenProcessPool:
+        # It took the other processes with it. What was under way goes one by one: only the run at fault fails again
+        suspects = [name for name in remaining if _unfinished_folders(out, name)]
+        _clear(out)
+        if not suspects:
+            raise
+        for name in suspects:
+            yield _alone(remaining.pop(name), out)
+
+
+def _alone(run: Run, out: Path) -> Outcome:
+    """
+    :param run: one that was under way when a process died
+    :param out: the comparison's folder
+    :return: its outcome in a process of its own
+    """
+    if is_finished(run, out):
+        return Outcome(run.name, "")
+    try:
+        return next(iter(_in_processes([run], out, n_jobs=2)))  # with one job joblib would stay in this process
+    except BrokenProcessPool:
+        _clear(out)
+        return Outcome(run.name, f"its process died: {traceback.format_exc(limit=0)}")
+
+
+def _in_processes(runs: Iterable[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+    """
+    :param runs: to be performed
+    :param out: the comparison's folder
+    :param n_jobs: how many at a time
+    :return: outcomes in the order in which the runs end
+    """
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
+        yield from pool(delayed(attempt)(run, out, os.getpid()) for run in list(runs))
+
+
+def _clear(out: Path) -> None:
+    """
+    :param out: the comparison's folder: what runs that were broken off have left goes
+    """
+    for path in _unfinished_folders(out):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _steps_under_way(out: Path) -> int:
+    """
+    :param out: the comparison's folder
+    :return: environment steps made by runs that are not finished
+    """
+    steps = 0
+    for folder in _unfinished_folders(out):
+        with suppress(FileNotFoundError, NotADirectoryError):  # not begun, ended between two looks, or a log
+            steps += int((folder / STEPS).read_text())
+    return steps
+
+
+@contextmanager
+def progress_bar(runs: list[Run], out: Path) -> Iterator[tqdm]:
+    """
+    Shows the runs done, steps per second and the time left.
+
+    :param runs: of the comparison
+    :param out: the comparison's folder
+    """
+    per_run = runs[0].task.n_timesteps
+    start = per_run * sum(is_finished(run, out) for run in runs)
+    layout = "{percentage:3.0f}%|{bar}|{postfix}, {rate_fmt}, {remaining} left"
+    bar = tqdm(total=per_run * len(runs), initial=start, unit=" steps", unit_scale=True, bar_format=layout, smoothing=0)
+    ended = Event()
+
+    def look() -> None:
+        finished = sum(is_finished(run, out) for run in runs)
+        bar.n = min(per_run * finished + _steps_under_way(out), bar.total)
+        bar.set_postfix_str(f"{finished}/{len(runs)} runs", refresh=False)
+        bar.refresh()
+
+    def watch() -> None:
+        while not ended.wait(REFRESH if sys.stderr.isatty() else REFRESH_LOG):
+            look()
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield bar
+    finally:
+        ended.set()
+        watcher.join()
+        look()
+        bar.close()

@@ -1,0 +1,310 @@
+"""What is run: each algorithm's settings, where they come from, and what identifies a run."""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import rl_zoo3
+import yaml  # type: ignore[import-untyped]
+from gymnasium import spaces
+from rl_zoo3.exp_manager import ExperimentManager
+
+import sb3_ppo_penalty
+from sb3_ppo_penalty import DOCUMENT_RECIPE, zoo
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, DOCUMENT, OWN
+
+#: The tutorial's batch, which the document's recipe fills up to whole episodes
+DOCUMENT_BATCH = 2048
+#: Settings that make the objective; every other one is the policy's, the critic's or the optimizer's
+OBJECTIVE_SETTINGS = {
+    *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
+    *("cg_max_steps", "cg_damping", "line_search_shrinking_factor", "line_search_max_iter"),
+    *("n_critic_updates", "sub_sampling_factor"),
+}
+#: Best possible mean return over random starts, by dynamic programming over a fine grid (20,000 starts, standard error 0.5)
+OPTIMA = {"Pendulum-v1": -137.6}
+#: Returns to be reached, where Gymnasium names none
+THRESHOLDS = {"Pendulum-v1": -200.0}
+#: Whose versions decide a result, where they are installed
+DECIDING_PACKAGES = (
+    *("sb3-ppo-penalty", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy"),
+    *("mujoco", "box2d", "ale-py"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What one algorithm is run with.
+
+    :param hyperparams: as they stand in RL Zoo's files, with its strings unread
+    :param source: where they come from, in words
+    """
+
+    hyperparams: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What all runs of a comparison have in common.
+
+    :param env: id of the environment
+    :param n_timesteps: environment steps of training; a run ends with the rollout that reaches them
+    :param eval_freq: environment steps between two evaluations during training
+    :param n_eval_episodes: episodes of the evaluation after training
+    :param device: of the networks
+    :param gym_packages: modules that register environments when imported
+    """
+
+    env: str
+    n_timesteps: int
+    eval_freq: int
+    n_eval_episodes: int
+    device: str
+    gym_packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training, and all that decides how it ends.
+
+    :param algo: name in :data:`~sb3_ppo_penalty.study.algorithms.ALGORITHMS`
+    :param seed: of the networks, of the actions and, plus its number, of each training environment
+    :param hyperparams: as they stand in RL Zoo's files
+    :param task: shared with the other runs
+    :param versions: of the packages that decide the result
+    """
+
+    algo: str
+    seed: int
+    hyperparams: dict[str, Any]
+    task: Task
+    versions: dict[str, str]
+
+    @cached_property
+    def settings(self) -> str:
+        """All of it as JSON with sorted keys; classes by their names."""
+        return json.dumps(asdict(self), default=qualified_name, sort_keys=True, indent=1)
+
+    @cached_property
+    def name(self) -> str:
+        """Of its folder: readable, and another one as soon as anything that decides the result is another."""
+        return f"{self.algo}-seed{self.seed}-{hashlib.sha256(self.settings.encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    :param runs: all of them, finished or not
+    :param task: what they have in common
+    :param settings: by algorithm
+    :param out: folder of the comparison
+    :param threshold: return to be reached, None for none
+    :param donor: the algorithm whose settings all share, None for each its own
+    :param command: that makes it again
+    """
+
+    runs: list[Run]
+    task: Task
+    settings: dict[str, Settings]
+    out: Path
+    threshold: float | None
+    donor: str | None
+    command: str
+
+    @property
+    def optimum(self) -> float | None:
+        """Best possible mean return, None where it is not known."""
+        return OPTIMA.get(self.task.env)
+
+
+def qualified_name(value: Any) -> str:
+    """
+    :param value: something JSON has no form for, from a recipe or from Python
+    :return: a class's or function's importable name, or how Python writes the value
+    """
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def installed_versions() -> dict[str, str]:
+    """
+    :return: versions of the deciding packages, and a digest of this package's own source, which changes without one
+    """
+    found = {}
+    for package in DECIDING_PACKAGES:
+        with suppress(PackageNotFoundError):  # not every environment needs every one of them
+            found[package] = version(package)
+    root = Path(sb3_ppo_penalty.__file__).parent
+    sources = [path for path in sorted(root.glob("*.py")) if path.name != "__main__.py"] + [root / "study" / "run.py"]
+    found["source"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
+    return found
+
+
+def prepare(gym_packages: Iterable[str]) -> None:
+    """
+    Make algorithms and environments known to RL Zoo and Gymnasium, in this process.
+
+    :param gym_packages: modules that register environments when imported
+    """
+    zoo.register()
+    for package in gym_packages:
+        importlib.import_module(package)
+
+
+def closest_entry(entries: Mapping[str, Any], env: str) -> str:
+    """
+    The entry for an environment: its own, else another version's of it, newest first, else RL Zoo's ``atari`` or ``default``.
+
+    RL Zoo itself knows no other versions and would give ``HalfCheetah-v5`` untuned defaults where ``HalfCheetah-v4`` is tuned.
+
+    :param entries: of one file
+    :param env: id of the environment
+    :return: the entry's key
+    :raises ValueError: if there is none
+    """
+    family = env.rpartition("-v")[0]
+    versions = {
+        key: int(key.rpartition("-v")[2]) for key in entries if family and key.startswith(f"{family}-v") and key[-1].isdigit()
+    }
+    wanted = [env, *sorted(versions, key=lambda key: versions[key], reverse=True)]
+    wanted += ["atari"] * ExperimentManager.is_atari(env) + ["default"]
+    for key in wanted:
+        if key in entries:
+            return key
+    raise ValueError(f"has an entry neither for {env} nor `default`")
+
+
+def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
+    """
+    :param algo: name of the algorithm
+    :param env: id of the environment
+    :param conf_file: YAML in RL Zoo's format; None for this package's own file or RL Zoo's
+    :return: the closest entry
+    :raises ValueError: if the file cannot be read or has none
+    """
+    folder = zoo.HYPERPARAMS if algo in OWN else Path(rl_zoo3.__file__).parent / "hyperparams"
+    path = folder / f"{algo}.yml"
+    said = f"{'sb3_ppo_penalty.zoo' if algo in OWN else 'rl_zoo3'}'s {path.name}"
+    if conf_file is not None:
+        path, said = Path(conf_file), conf_file
+    try:
+        entries = yaml.safe_load(path.read_text())
+        key = closest_entry(entries, env)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--conf-file` for {algo}: {said}: {error}") from error
+    return Settings(dict(entries[key]), f"entry `{key}` of {said}")
+
+
+def document_settings(env: str) -> Settings:
+    """
+    The document's recipe; batches hold whole episodes where episodes have a fixed length.
+
+    :param env: id of the environment
+    :return: in the form of RL Zoo's entries
+    """
+    length = gym.spec(env).max_episode_steps or 1
+    batch = -(-DOCUMENT_BATCH // length) * length
+    recipe = {**DOCUMENT_RECIPE, "policy": "MlpPolicy", "n_envs": 1, "n_steps": batch, "batch_size": batch}
+    one = gym.make(env)
+    if not isinstance(one.action_space, spaces.Box):
+        recipe["policy_kwargs"] = {key: value for key, value in recipe["policy_kwargs"].items() if key != "covariance"}
+    one.close()
+    return Settings(recipe, "sb3_ppo_penalty.DOCUMENT_RECIPE")
+
+
+def constructor_arguments(algo: str) -> set[str]:
+    """
+    :param algo: name of the algorithm
+    :return: what its class takes
+    """
+    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[algo].zoo_name].__init__).parameters)
+
+
+def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> Settings:
+    """
+    Everything from one entry but the settings of the algorithm's own objective; the policy is this package's.
+
+    An algorithm with the donor's objective takes that from the donor as well. What an algorithm has no argument for (TRPO has
+    no ``n_epochs``) falls away.
+
+    :param algo: name of the algorithm
+    :param own: its own entry
+    :param donor: name of the algorithm whose entry is shared
+    :param shared: that entry
+    :return: what the algorithm is run with
+    """
+    hyperparams, source = dict(shared.hyperparams), shared.source
+    if ALGORITHMS[algo].objective != ALGORITHMS[donor].objective:
+        hyperparams = {key: value for key, value in hyperparams.items() if key not in OBJECTIVE_SETTINGS}
+        hyperparams |= {key: value for key, value in own.hyperparams.items() if key in OBJECTIVE_SETTINGS}
+        source = f"{source}; its objective's own: {own.source}"
+    foreign = set().union(*map(constructor_arguments, ALGORITHMS)) - constructor_arguments(algo)
+    hyperparams = {key: value for key, value in hyperparams.items() if key not in foreign}
+    if "." not in hyperparams["policy"]:
+        hyperparams["policy"] = f"{sb3_ppo_penalty.__name__}.{hyperparams['policy']}"
+    return Settings(hyperparams, source)
+
+
+def work_out_settings(
+    algos: Iterable[str],
+    task: Task,
+    conf_files: Mapping[str, str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    donor: str | None,
+) -> dict[str, Settings]:
+    """
+    :param algos: names of the algorithms
+    :param task: what they are compared on
+    :param conf_files: YAML file by algorithm, where not the default one
+    :param overrides: hyperparameters by algorithm that replace an entry's
+    :param donor: the algorithm whose entry all share under ``--same-policy``; None for each its own
+    :return: settings by algorithm
+    :raises ValueError: if there are none for one of them
+    """
+    settings = {}
+    for algo in algos:
+        if algo == DOCUMENT:
+            found = document_settings(task.env)
+        else:
+            found = zoo_settings(algo, task.env, conf_files.get(algo))
+            if donor is not None:
+                found = with_same_policy(algo, found, donor, zoo_settings(donor, task.env, conf_files.get(donor)))
+        own = overrides.get(algo, {})
+        said = f"{found.source}; from the command line: {', '.join(own)}" if own else found.source
+        settings[algo] = Settings({**found.hyperparams, "n_timesteps": task.n_timesteps, **own}, said)
+    return settings
+
+
+def literal(text: str) -> Any:
+    """
+    :param text: a value from the command line
+    :return: the Python literal that it is, so that ``1e-3`` is a number; else the text, which RL Zoo reads (``lin_0.001``)
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def plan(settings: Mapping[str, Settings], task: Task, seeds: Iterable[int]) -> list[Run]:
+    """
+    :param settings: by algorithm
+    :param task: what they are compared on
+    :param seeds: of every algorithm
+    :return: all runs, seed by seed, so that a study that is ended early has as many of each algorithm
+    """
+    versions = installed_versions()
+    return [Run(algo, seed, given.hyperparams, task, versions) for seed in seeds for algo, given in settings.items()]

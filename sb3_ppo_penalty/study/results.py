@@ -1,0 +1,157 @@
+"""Finished runs read back as tables, and what they come to."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+
+from sb3_ppo_penalty.study.algorithms import BASELINE
+from sb3_ppo_penalty.study.execution import RUNS, is_finished
+from sb3_ppo_penalty.study.grid import Run
+from sb3_ppo_penalty.study.run import BATCH_RETURN, EVALUATIONS, PROGRESS, RESULT, TOTAL_STEPS
+from sb3_ppo_penalty.study.statistics import (
+    Array,
+    improvement_interval,
+    iqm,
+    iqm_interval,
+    mean_over_training,
+    probability_of_improvement,
+    steps_to_threshold,
+)
+
+
+class Results(NamedTuple):
+    """
+    What the finished runs of a comparison left behind.
+
+    :param runs: a row for each run
+    :param curves: a row for each evaluation during training: ``algo``, ``seed``, ``steps``, ``return``
+    :param updates: a row for each line of SB3's ``progress.csv``, its columns beside ``algo`` and ``seed``
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    updates: pd.DataFrame
+
+    @property
+    def algos(self) -> list[str]:
+        """Those that have a finished run, in the order of the comparison."""
+        return list(dict.fromkeys(self.runs["algo"]))
+
+    def final_returns(self, algo: str) -> Array:
+        """
+        :param algo: name of the algorithm
+        :return: mean return of the evaluation after training, shape (seeds,)
+        """
+        return np.asarray(self.runs.loc[self.runs["algo"] == algo, "final_return"], dtype=np.float64)
+
+
+def read(runs: Iterable[Run], out: Path, threshold: float | None) -> Results:
+    """
+    :param runs: of the comparison; those that are not finished are left out
+    :param out: the comparison's folder
+    :param threshold: return to be reached, None for none
+    :return: everything that the report is made of
+    """
+    finished = sorted((run for run in runs if is_finished(run, out)), key=lambda run: run.seed)
+    order = list(dict.fromkeys(run.algo for run in finished))
+    rows, curves, updates = [], [], []
+    for run in sorted(finished, key=lambda run: order.index(run.algo)):
+        folder = out / RUNS / run.name
+        curve = _curve(run, folder)
+        update = pd.read_csv(folder / PROGRESS).assign(algo=run.algo, seed=run.seed)
+        rows.append(_row(run, folder, curve, update, threshold))
+        curves.append(curve)
+        updates.append(update)
+    if not rows:
+        return Results(pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    return Results(*(pd.concat(parts, ignore_index=True) for parts in ([pd.DataFrame(rows)], curves, updates)))
+
+
+def _curve(run: Run, folder: Path) -> pd.DataFrame:
+    """
+    :param run: finished
+    :param folder: its own
+    :return: its evaluations during training, at the steps at which they were due
+    """
+    with np.load(folder / EVALUATIONS) as evaluations:
+        means = evaluations["results"].mean(axis=1)
+    # They are made up to one step of all environments later, which differs between numbers of environments
+    steps = run.task.eval_freq * np.arange(len(means))
+    return pd.DataFrame({"algo": run.algo, "seed": run.seed, "steps": steps, "return": means})
+
+
+def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, threshold: float | None) -> dict[str, Any]:
+    """
+    :param run: finished
+    :param folder: its own
+    :param curve: its evaluations during training
+    :param update: its ``progress.csv``
+    :param threshold: return to be reached, None for none
+    :return: its line in ``results.csv``
+    """
+    result = json.loads((folder / RESULT).read_text())
+    steps, returns = curve["steps"], curve["return"]
+    batches = update[BATCH_RETURN].dropna() if BATCH_RETURN in update else pd.Series(dtype=float)
+    return {
+        "env": run.task.env,
+        "algo": run.algo,
+        "seed": run.seed,
+        "final_return": result["final_return"],
+        "return_over_training": mean_over_training(steps, returns),
+        "steps_to_threshold": np.nan if threshold is None else steps_to_threshold(steps, returns, threshold),
+        "last_batch_return": batches.iloc[-1] if len(batches) else np.nan,
+        "best_batch_return": batches.max(),
+        "steps": result["steps"],
+        "training_seconds": result["training_seconds"],
+        "steps_per_second": result["steps"] / result["training_seconds"],
+        "run": run.name,
+    }
+
+
+def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
+    """
+    :param results: of the comparison
+    :param algo: name of the algorithm
+    :param column: of ``progress.csv``
+    :return: a row for each number of environment steps, a column for each seed; empty if the algorithm does not log it
+    """
+    if column not in results.updates:
+        return pd.DataFrame()
+    rows = results.updates[results.updates["algo"] == algo].dropna(subset=[column])
+    return rows.pivot_table(index=TOTAL_STEPS, columns="seed", values=column)
+
+
+def summary(results: Results, optimum: float | None) -> pd.DataFrame:
+    """
+    :param results: of the comparison
+    :param optimum: best possible mean return, None where it is not known
+    :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and what else the report's table has
+    """
+    return pd.DataFrame([_summary_row(results, algo, optimum) for algo in results.algos]).set_index("algo")
+
+
+def _summary_row(results: Results, algo: str, optimum: float | None) -> dict[str, Any]:
+    """
+    :param results: of the comparison
+    :param algo: name of the algorithm
+    :param optimum: best possible mean return, None where it is not known
+    :return: its line of the summary
+    """
+    runs = results.runs[results.runs["algo"] == algo]
+    row: dict[str, Any] = {"algo": algo, "seeds": len(runs), "worst_seed": runs["final_return"].min()}
+    for name in ("final_return", "return_over_training"):
+        low, high = iqm_interval(runs[name])
+        row |= {name: iqm(runs[name]), f"{name}_low": low, f"{name}_high": high}
+    row["gap_to_optimum"] = np.nan if optimum is None else optimum - row["final_return"]
+    row["reached_threshold"] = int(np.isfinite(runs["steps_to_threshold"]).sum())
+    row["steps_to_threshold"] = iqm(runs["steps_to_threshold"])
+    row["steps_per_second"] = iqm(runs["steps_per_second"])
+    if algo != BASELINE and BASELINE in results.algos:
+        samples = results.final_returns(algo), results.final_returns(BASELINE)
+        low, high = improvement_interval(*samples)
+        row |= {"improvement": probability_of_improvement(*samples), "improvement_low": low, "improvement_high": high}
+    return row

@@ -1,0 +1,210 @@
+"""One run: build what RL Zoo would build, train it, evaluate it on the same starts as every other, leave a folder behind."""
+
+import json
+import os
+from argparse import Namespace
+from collections import OrderedDict
+from copy import deepcopy
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+import torch as th
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS
+from sb3_ppo_penalty.study.grid import Run, prepare
+
+#: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
+#: that on Pendulum-v1 the best possible mean over the first 50 starts, and over the first 1,000, is within 0.3 of the one over
+#: all starts (dynamic programming): a gap to the optimum is then no luck with the starts
+STARTS_SEED = 1_036_000
+#: Environments side by side in an evaluation, and episodes of each evaluation during training
+EVALUATION_ENVS = 50
+
+#: Files in a run's folder
+SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
+PROGRESS, EVALUATIONS, FINAL_EVALUATION = "progress.csv", "evaluations.npz", "final_evaluation.npz"
+#: What a rollout's finished episodes returned on average: the document's own measure
+BATCH_RETURN, BATCH_EPISODES = "rollout/batch_return", "rollout/batch_episodes"
+TOTAL_STEPS = "time/total_timesteps"
+
+
+class OrphanedError(RuntimeError):
+    """The process that asked for a run is gone: nobody waits for it."""
+
+
+class Experiment(ExperimentManager):
+    """
+    RL Zoo's way from hyperparameters to environments and a model, with hyperparameters that are given instead of looked up.
+
+    :param run: what to train
+    :param folder: for everything it writes
+    """
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        zoo_name = ALGORITHMS[run.algo].zoo_name
+        super().__init__(
+            Namespace(),
+            zoo_name,
+            run.task.env,
+            log_folder=str(folder),
+            n_timesteps=run.task.n_timesteps,
+            eval_freq=-1,
+            seed=run.seed,
+            verbose=0,
+            device=run.task.device,
+        )
+        self.save_path = self.params_path = str(folder)
+        self.given = run.hyperparams
+        # RL Zoo itself leaves an entry's `env_kwargs` out of the evaluation
+        self.eval_env_kwargs = run.hyperparams.get("env_kwargs", {})
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        :return: the given ones, to be changed, and once more
+        """
+        return deepcopy(self.given), OrderedDict(sorted(self.given.items()))
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """
+        Leave out RL Zoo's record of its command line: there was none.
+
+        :param saved_hyperparams: stand in the run's settings
+        """
+
+
+class FixedStartsEvalCallback(EvalCallback):
+    """
+    SB3's ``EvalCallback`` at fixed environment steps, from 0 on, and on the same starts each time.
+
+    :param eval_env: one environment for each episode
+    :param every: environment steps between two evaluations
+    :param until: environment steps of the last one
+    :param folder: for ``evaluations.npz``
+    """
+
+    def __init__(self, eval_env: VecEnv, every: int, until: int, folder: Path) -> None:
+        super().__init__(eval_env, n_eval_episodes=eval_env.num_envs, eval_freq=1, log_path=str(folder), verbose=0)
+        self.every = every
+        self.until = until
+        self.seconds = 0.0
+        self._due = 0
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._on_step()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps < self._due or self._due > self.until:
+            return True
+        while self._due <= self.num_timesteps:
+            self._due += self.every
+        started = perf_counter()
+        self.eval_env.seed(STARTS_SEED)
+        continues = super()._on_step()
+        self.seconds += perf_counter() - started
+        return continues
+
+
+class UpdateLog(BaseCallback):
+    """
+    Write each update's figures at the step at which it was made, and what SB3 does not: the mean return of the batch.
+
+    SB3 writes them only with the next rollout, and never the last update's.
+
+    :param folder: where the number of steps made is kept up to date, for a progress bar
+    :param waiting: id of the process that started this one and waits for the run, None if it is this one
+    """
+
+    def __init__(self, folder: Path, waiting: int | None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.waiting = waiting
+        self._returns: list[float] = []
+
+    def _on_rollout_start(self) -> None:
+        if self.waiting is not None and os.getppid() != self.waiting:
+            raise OrphanedError("the comparison that started this run has ended")
+        if self.model.num_timesteps > 0:
+            self._write()
+        self._returns = []
+
+    def _on_step(self) -> bool:
+        self._returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.logger.record(BATCH_EPISODES, len(self._returns))
+        if self._returns:
+            self.logger.record(BATCH_RETURN, float(np.mean(self._returns)))
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        """Write what `train` has just recorded."""
+        self.logger.record(TOTAL_STEPS, self.model.num_timesteps)
+        self.logger.dump(self.model.num_timesteps)
+        written = self.folder / f"{STEPS}.new"
+        written.write_text(str(self.model.num_timesteps))
+        os.replace(written, self.folder / STEPS)
+
+
+def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> tuple[list[float], list[int]]:
+    """
+    Act deterministically; every episode starts from a seed of its own, whatever the ones before it did.
+
+    :param model: trained
+    :param env: environments side by side, wrapped as in training
+    :param n_episodes: in all
+    :return: return and length of each episode
+    """
+    if model.get_vec_normalize_env() is not None:
+        sync_envs_normalization(cast(VecEnv, model.get_env()), env)
+    returns: list[float] = []
+    lengths: list[int] = []
+    for first in range(0, n_episodes, env.num_envs):
+        env.seed(STARTS_SEED + first)
+        count = min(env.num_envs, n_episodes - first)
+        some = evaluate_policy(model, env, count, deterministic=True, return_episode_rewards=True)
+        more_returns, more_lengths = cast(tuple[list[float], list[int]], some)
+        returns += more_returns
+        lengths += more_lengths
+    return returns, lengths
+
+
+def perform(run: Run, folder: Path, waiting: int | None = None) -> None:
+    """
+    Train and evaluate.
+
+    :param run: what to train
+    :param folder: new; holds everything about the run when this returns
+    :param waiting: id of the process that started this one and waits for the run; when it goes, the run ends
+    """
+    th.set_num_threads(1)
+    prepare(run.task.gym_packages)
+    folder.mkdir(parents=True)
+    (folder / SETTINGS).write_text(run.settings)
+    experiment = Experiment(run, folder)
+    model, _ = cast(tuple[BaseAlgorithm, Any], experiment.setup_experiment())
+    eval_env = experiment.create_envs(min(EVALUATION_ENVS, run.task.n_eval_episodes), eval_env=True)
+    evaluation = FixedStartsEvalCallback(eval_env, run.task.eval_freq, run.task.n_timesteps, folder)
+    model.set_logger(configure(str(folder), ["csv"]))
+    started = perf_counter()
+    model.learn(run.task.n_timesteps, [*experiment.callbacks, UpdateLog(folder, waiting), evaluation], log_interval=1)
+    seconds = perf_counter() - started - evaluation.seconds
+    returns, lengths = evaluate(model, eval_env, run.task.n_eval_episodes)
+    np.savez(folder / FINAL_EVALUATION, results=returns, ep_lengths=lengths)
+    experiment.save_trained_model(model)
+    result = {"steps": model.num_timesteps, "training_seconds": seconds, "final_return": float(np.mean(returns))}
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    model.logger.close()
+    for env in (cast(VecEnv, model.get_env()), eval_env):
+        env.close()

@@ -1,0 +1,111 @@
+"""Statistics over a few seeds, from SciPy; what they are called and why: Agarwal et al. 2021 (arXiv 2108.13264)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.integrate import trapezoid  # type: ignore[import-untyped]
+from scipy.stats import bootstrap, mannwhitneyu, trim_mean  # type: ignore[import-untyped]
+
+Array = npt.NDArray[np.float64]
+
+#: Resamples of the seeds behind every interval
+RESAMPLES = 5000
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """
+    :param low: lower end; NaN where a single sample allows none
+    :param high: upper end
+    """
+
+    low: Any
+    high: Any
+
+
+def iqm(values: npt.ArrayLike, axis: int = -1) -> Any:
+    """
+    Interquartile mean: the mean of what is left when a quarter (rounded down) is cut off at either end.
+
+    :param values: one number for each seed along ``axis``
+    :param axis: of the seeds
+    :return: in the unit of the values
+    """
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def iqm_interval(values: npt.ArrayLike, axis: int = -1) -> Interval:
+    """
+    95 % percentile bootstrap interval of the IQM over seeds.
+
+    :param values: one number for each seed along ``axis``
+    :param axis: of the seeds
+    :return: in the unit of the values
+    """
+    return _interval(iqm, np.asarray(values, dtype=np.float64), axis=axis)
+
+
+def probability_of_improvement(values: npt.ArrayLike, baseline: npt.ArrayLike, axis: int = -1) -> Any:
+    """
+    How probable it is that a run beats a run of the baseline, a tie counting half: ``U / (n m)`` (Mann and Whitney).
+
+    :param values: one number for each seed along ``axis``
+    :param baseline: the same for the baseline, which may have another number of seeds
+    :param axis: of the seeds
+    :return: between 0 and 1
+    """
+    x, y = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    # "asymptotic" concerns the p-value, which nobody reads, and is the cheap way to it
+    return mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (x.shape[axis] * y.shape[axis])
+
+
+def improvement_interval(values: npt.ArrayLike, baseline: npt.ArrayLike) -> Interval:
+    """
+    95 % percentile bootstrap interval of the probability of improvement.
+
+    :param values: one number for each seed, shape (seeds,)
+    :param baseline: shape (seeds of the baseline,)
+    :return: between 0 and 1
+    """
+    samples = (np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64))
+    return _interval(probability_of_improvement, *samples)
+
+
+def _interval(statistic: Callable[..., Any], *samples: Array, axis: int = -1) -> Interval:
+    """
+    :param statistic: takes the samples and ``axis``
+    :param samples: resampled independently of each other
+    :param axis: of the seeds
+    :return: NaN at both ends if there is a sample of a single seed, which says nothing of the spread
+    """
+    if min(sample.shape[axis] for sample in samples) < 2:
+        unknown = np.full_like(statistic(*samples, axis=axis), np.nan)
+        return Interval(unknown, unknown)
+    generator = np.random.default_rng(0)
+    method = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "rng": generator}
+    return Interval(*bootstrap(samples, statistic, axis=axis, vectorized=True, **method).confidence_interval)
+
+
+def steps_to_threshold(steps: npt.ArrayLike, returns: npt.ArrayLike, threshold: float) -> float:
+    """
+    :param steps: of the evaluations, ascending, shape (evaluations,)
+    :param returns: mean return of each evaluation, shape (evaluations,)
+    :param threshold: in the unit of the returns
+    :return: environment steps at the first evaluation that reaches the threshold; infinity if none does
+    """
+    reached = np.asarray(returns) >= threshold
+    return float(np.asarray(steps)[reached.argmax()]) if reached.any() else float("inf")
+
+
+def mean_over_training(steps: npt.ArrayLike, returns: npt.ArrayLike) -> float:
+    """
+    Area under the learning curve divided by its length: the average return during training.
+
+    :param steps: of the evaluations, ascending, shape (evaluations,)
+    :param returns: mean return of each evaluation, shape (evaluations,)
+    :return: in the unit of the returns
+    """
+    x = np.asarray(steps, dtype=np.float64)
+    return float(trapezoid(returns, x) / (x[-1] - x[0]))

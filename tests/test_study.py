@@ -1,0 +1,560 @@
+"""The side-by-side comparison: its statistics, what it runs, how it survives being killed, and what it reports."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import rl_zoo3
+import torch as th
+import yaml
+from stable_baselines3 import PPO
+
+from sb3_ppo_penalty import PPOPenalty, zoo
+from sb3_ppo_penalty.study import cli, execution, grid, plots, report, results, statistics
+from sb3_ppo_penalty.study.run import STARTS_SEED, perform
+
+COMPARE = [sys.executable, "-c", "import sys; from sb3_ppo_penalty.study.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+#: Episodes of three steps that return where they started, whatever is done. How many random numbers a step draws depends on
+#: the action, so that the starts of later episodes would, too. The environment of seed 1 takes its process down
+LOTTERY = """
+import os
+import gymnasium as gym
+import numpy as np
+
+class Lottery(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed == 1:
+            os._exit(3)
+        self.start, self.left = self.np_random.uniform(-1, 1), 3
+        return np.array([self.start], dtype=np.float32), {}
+
+    def step(self, action):
+        self.np_random.random(action + 1)
+        self.left -= 1
+        over = self.left == 0
+        return np.array([self.start], dtype=np.float32), self.start * over, over, False, {}
+
+gym.register("Lottery-v0", Lottery)
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_iqm_is_the_mean_of_the_middle_half() -> None:
+    assert statistics.iqm([-1000, 3, 1, 2, 4, 5, 1000, 6]) == 3.5  # of 2, 3, 4, 5; rliable's example of robustness
+    assert statistics.iqm([1, 2, 3, 4, 100]) == 3  # of five, one is cut off at either end
+    assert statistics.iqm([[1.0, 2.0], [3.0, 6.0]], axis=0).tolist() == [2, 4]
+
+
+def test_iqm_interval_holds_95_percent_of_the_resampled_means() -> None:
+    # Two seeds, 0 and 1: a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4
+    assert statistics.iqm_interval([0, 1]) == (0, 1)
+    assert statistics.iqm_interval([7, 7, 7]) == (7, 7)
+    assert all(math.isnan(end) for end in statistics.iqm_interval([7]))
+    low, high = statistics.iqm_interval([[0.0, 5.0], [1.0, 5.0]], axis=0)
+    assert (low.tolist(), high.tolist()) == ([0, 5], [1, 5])
+
+
+def test_iqm_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    samples = np.random.default_rng(1).normal(size=(100, 20))
+    low, high = statistics.iqm_interval(samples, axis=1)
+    covered = np.mean((low < 0) & (high > 0))  # the IQM of a normal distribution is its mean
+    assert 0.85 < covered < 1
+
+
+def test_probability_of_improvement_counts_pairs() -> None:
+    # 3 beats 1 and 2, 2 beats 1 and ties with 2: 3.5 of the 4 pairs
+    assert statistics.probability_of_improvement([3, 2], [1, 2]) == 0.875
+    assert statistics.probability_of_improvement([1, 1], [2, 2, 2]) == 0
+    assert statistics.probability_of_improvement([2, 2], [2, 2, 2]) == 0.5
+    assert statistics.improvement_interval([3, 4, 5], [0, 1, 2]) == (1, 1)
+    # One pair of seeds each: a resample pairs 1 or 3 with 2 or 2, so every probability between 0 and 1 is likely
+    assert statistics.improvement_interval([1, 3], [2, 2]) == (0, 1)
+
+
+def test_steps_to_threshold_is_the_first_evaluation_that_reaches_it() -> None:
+    assert statistics.steps_to_threshold([0, 10, 20, 30], [-5, -2, -3, -1], -2) == 10
+    assert statistics.steps_to_threshold([0, 10, 20, 30], [-5, -2, -3, -1], 0) == math.inf
+
+
+def test_mean_over_training_is_the_area_per_step() -> None:
+    assert statistics.mean_over_training([0, 10, 30], [0, 2, 2]) == 5 / 3  # a triangle of 10 and a rectangle of 40, over 30
+
+
+# ------------------------------------------------------------------------------------------------------------ what is to run
+
+
+def task(env: str = "Pendulum-v1", n_timesteps: int = 600) -> grid.Task:
+    return grid.Task(env, n_timesteps, eval_freq=200, n_eval_episodes=10, device="cpu", gym_packages=())
+
+
+def a_run(**changes) -> grid.Run:
+    given = {"algo": "ppo", "seed": 0, "hyperparams": {"gamma": 0.9}, "task": task(), "versions": {"torch": "2"}}
+    return grid.Run(**{**given, **changes})
+
+
+def test_a_run_is_another_as_soon_as_anything_that_decides_its_result_is() -> None:
+    others = [
+        a_run(algo="ppo_clip"),
+        a_run(seed=1),
+        a_run(hyperparams={"gamma": 0.99}),
+        a_run(task=task(n_timesteps=601)),
+        a_run(task=task("CartPole-v1")),
+        a_run(versions={"torch": "3"}),
+    ]
+    names = [run.name.rpartition("-")[2] for run in (a_run(), *others)]
+    assert len(set(names)) == 7
+    assert a_run().name == a_run().name
+    assert a_run(hyperparams={"a": 1, "b": 2}).name == a_run(hyperparams={"b": 2, "a": 1}).name
+
+
+def test_the_package_s_own_source_is_part_of_a_run_s_identity() -> None:
+    versions = grid.installed_versions()
+    assert versions["torch"] == th.__version__
+    assert re.fullmatch("[0-9a-f]{10}", versions["source"])
+
+
+def test_default_settings_are_the_tuned_entries() -> None:
+    zoo.register()
+    found = grid.work_out_settings(["ppo_penalty", "ppo", "trpo"], task(), {}, {}, None)
+    own = yaml.safe_load((zoo.HYPERPARAMS / "ppo_penalty.yml").read_text())["Pendulum-v1"]
+    assert found["ppo_penalty"].hyperparams == {**own, "n_timesteps": 600}
+    theirs = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "trpo.yml").read_text())["Pendulum-v1"]
+    assert found["trpo"].hyperparams == {**theirs, "n_timesteps": 600}
+    assert found["ppo"].hyperparams["use_sde"] is True  # Zoo's PPO on Pendulum-v1: gSDE, gamma 0.9
+    assert found["ppo"].hyperparams["gamma"] == 0.9
+    assert found["ppo"].source == "entry `Pendulum-v1` of rl_zoo3's ppo.yml"
+
+
+@pytest.mark.parametrize(
+    ("env", "key"),
+    [("Hopper-v5", "Hopper-v5"), ("Ant-v5", "Ant-v4"), ("Walker2d-v5", "default"), ("Antmaze-v1", "default")],
+)
+def test_another_version_of_the_environment_is_closer_than_the_default(env: str, key: str, monkeypatch) -> None:
+    monkeypatch.setattr(grid.ExperimentManager, "is_atari", staticmethod(lambda _: False))
+    assert grid.closest_entry({"default": {}, "Hopper-v4": {}, "Hopper-v5": {}, "Ant-v2": {}, "Ant-v4": {}}, env) == key
+
+
+def test_an_environment_without_an_entry_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "my.yml").write_text("CartPole-v1: {policy: MlpPolicy}")
+    with pytest.raises(ValueError, match=r"ppo: .*my.yml: has an entry neither for Pendulum-v1 nor `default`"):
+        grid.zoo_settings("ppo", "Pendulum-v1", str(tmp_path / "my.yml"))
+
+
+def test_the_document_s_batches_hold_whole_episodes() -> None:
+    pendulum, cartpole = grid.document_settings("Pendulum-v1"), grid.document_settings("CartPole-v1")
+    assert pendulum.hyperparams["n_steps"] == pendulum.hyperparams["batch_size"] == 2200  # 11 episodes of 200 steps
+    assert cartpole.hyperparams["n_steps"] == 2500  # 5 of at most 500
+    assert pendulum.hyperparams["policy_kwargs"]["covariance"] == 0.5
+    assert "covariance" not in cartpole.hyperparams["policy_kwargs"]  # discrete actions have none
+
+
+SHARED = """
+Pendulum-v1:
+  {n_envs: 2, n_timesteps: 7, policy: MlpPolicy, n_steps: 64, batch_size: 32, n_epochs: 2, gamma: 0.95, ent_coef: 0.01,
+   clip_range: 0.3, target_kl: 0.05, policy_kwargs: "dict(covariance=0.7)"}
+"""
+OWN = """
+Pendulum-v1:
+  {n_envs: 9, n_timesteps: 7, policy: MlpPolicy, gamma: 0.5, target_kl: 0.02, kl_coef: 3.0, clip_range: 0.1}
+"""
+
+
+@pytest.fixture(name="same_policy")
+def make_same_policy(tmp_path: Path) -> dict[str, dict]:
+    zoo.register()
+    (tmp_path / "shared.yml").write_text(SHARED)
+    (tmp_path / "own.yml").write_text(OWN)
+    files = {algo: str(tmp_path / "own.yml") for algo in ("ppo_penalty", "ppo", "trpo")}
+    files["ppo_clip"] = str(tmp_path / "shared.yml")
+    found = grid.work_out_settings(["ppo_penalty", "ppo_clip", "ppo", "trpo"], task(), files, {}, donor="ppo_clip")
+    return {algo: settings.hyperparams for algo, settings in found.items()}
+
+
+def test_same_policy_shares_all_but_the_objective(same_policy) -> None:
+    shared = {"n_envs": 2, "n_timesteps": 600, "n_steps": 64, "batch_size": 32, "gamma": 0.95}
+    shared |= {"policy": "sb3_ppo_penalty.MlpPolicy", "policy_kwargs": "dict(covariance=0.7)"}
+    surrogate = {**shared, "n_epochs": 2, "ent_coef": 0.01}
+    clip = {**surrogate, "clip_range": 0.3, "target_kl": 0.05}
+    assert same_policy["ppo_clip"] == same_policy["ppo"] == clip
+    assert same_policy["ppo_penalty"] == {**surrogate, "target_kl": 0.02, "kl_coef": 3.0, "clip_range": 0.1}
+    assert same_policy["trpo"] == {**shared, "target_kl": 0.02}
+
+
+def test_same_policy_makes_ppo_clip_and_stock_ppo_the_same(same_policy, tmp_path: Path) -> None:
+    small = grid.Task("Pendulum-v1", 256, eval_freq=256, n_eval_episodes=2, device="cpu", gym_packages=())
+    returns, parameters = [], []
+    for algo in ("ppo_clip", "ppo"):
+        perform(grid.Run(algo, 3, same_policy[algo], small, {}), tmp_path / algo)
+        returns.append(json.loads((tmp_path / algo / "result.json").read_text())["final_return"])
+        parameters.append(PPO.load(tmp_path / algo / "Pendulum-v1.zip").policy.state_dict())
+    assert returns[0] == returns[1]
+    assert all(th.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])
+    assert parameters[0]["covariance"].item() == pytest.approx(0.7)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command line
+
+
+def plan(*words: str) -> grid.Comparison:
+    return cli.build_comparison(cli.build_parser().parse_args(words), "the command")
+
+
+def test_plain_command_is_a_first_look_and_full_the_study() -> None:
+    first, full = plan(), plan("--full")
+    assert sorted({run.algo for run in first.runs}) == ["ppo", "ppo_clip", "ppo_penalty", "trpo"]
+    assert len(first.runs) == 12
+    assert first.task.n_timesteps == 50_000
+    assert len(full.runs) == 40
+    assert full.task.n_timesteps == 100_000
+    assert full.task.eval_freq == 5_000
+    assert (full.threshold, full.optimum, str(full.out)) == (-200, -137.6, "runs/pendulum")
+    assert {run.seed for run in plan("--full", "--seeds", "2", "--first-seed", "40").runs} == {40, 41}
+
+
+def test_the_threshold_is_gymnasium_s_where_it_has_one() -> None:
+    assert plan("--env", "CartPole-v1", "--algos", "ppo").threshold == 475
+    assert plan("--env", "CartPole-v1", "--algos", "ppo", "--threshold", "400").threshold == 400
+    assert plan("--env", "CartPole-v1", "--algos", "ppo").optimum is None
+
+
+def test_hyperparameters_of_the_command_line_are_python_or_zoo_s() -> None:
+    words = ["gamma=0.5", "ppo:learning_rate=1e-3", "trpo:learning_rate=lin_0.01", "ppo:use_sde=False"]
+    given = {run.algo: run.hyperparams for run in plan("--algos", "ppo", "trpo", "--hyperparams", *words).runs}
+    assert (given["ppo"]["gamma"], given["trpo"]["gamma"]) == (0.5, 0.5)
+    assert (given["ppo"]["learning_rate"], given["trpo"]["learning_rate"]) == (0.001, "lin_0.01")
+    assert given["ppo"]["use_sde"] is False
+    assert given["trpo"]["use_sde"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--hyperparams", "gamma"], "--hyperparams gamma: must be KEY=VALUE"),
+        (["--hyperparams", "trpo:gamma=1"], "trpo is not among --algos ppo"),
+        (["--hyperparams", "n_timesteps=5"], "see --n-timesteps"),
+        (["--conf-file", "nowhere.yml"], "`--conf-file` for ppo: nowhere.yml: .*No such file"),
+        (["--env", "Pendulun-v1"], "--env Pendulun-v1: not registered"),
+        (["--n-timesteps", "100", "--eval-freq", "200"], "--eval-freq 200: a run has only 100 steps"),
+        (["--seeds", "0"], "--seeds: must be at least 1"),
+        (["--algos", "sac"], "invalid choice: 'sac'"),
+    ],
+)
+def test_wrong_arguments_end_with_a_sentence(words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--algos", "ppo", *words])
+    assert end.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_missing_extra_ends_with_the_pip_command(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == 'compare cannot run without joblib: pip install "sb3_ppo_penalty[zoo]"\n'
+
+
+# ------------------------------------------------------------------------------------------ killed, and started again
+
+
+WORDS = [
+    "--algos",
+    "ppo_penalty",
+    "ppo",
+    "--seeds",
+    "2",
+    "--n-timesteps",
+    "600",
+    "--eval-freq",
+    "200",
+    "--n-eval-episodes",
+    "10",
+]
+WORDS += [
+    "--n-jobs",
+    "2",
+    "--hyperparams",
+    "n_steps=64",
+    "n_epochs=2",
+    "learning_rate=lin_0.002",
+    "ppo_penalty:target_kl=0.02",
+]
+
+
+def finished_files(out: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file of a finished run was written, and what is in it."""
+    files = (path for folder in out.glob("runs/[!.]*") for path in folder.iterdir())
+    return {path.relative_to(out).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def hidden(out: Path) -> list[Path]:
+    return list(out.glob("runs/.*"))
+
+
+def wait_until(condition, seconds: float = 90) -> None:
+    for tick in count():
+        if condition():
+            return
+        assert tick * 0.01 < seconds, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(name="study", scope="module")
+def make_study(tmp_path_factory) -> dict:
+    """A comparison that is killed after its first finished run, and started again."""
+    out = tmp_path_factory.mktemp("study")
+    command = [*COMPARE, *WORDS, "--out", str(out)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_until(lambda: finished_files(out))
+    os.kill(first.pid, signal.SIGKILL)  # alone: its worker processes have to notice
+    first.wait()
+    wait_until(lambda: not hidden(out), seconds=60)
+    before = finished_files(out)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    return {"out": out, "before": before, "said": second.stdout, "bar": second.stderr}
+
+
+def test_what_was_finished_before_the_kill_is_kept_and_the_rest_is_done(study) -> None:
+    kept = {name.split("/")[1] for name in study["before"]}
+    after = finished_files(study["out"])
+    assert 1 <= len(kept) < 4
+    assert {name: after[name] for name in study["before"]} == study["before"]
+    runs = sorted(path.name for path in (study["out"] / "runs").iterdir())
+    assert [name.rpartition("-")[0] for name in runs] == ["ppo-seed0", "ppo-seed1", "ppo_penalty-seed0", "ppo_penalty-seed1"]
+    assert study["said"].startswith(f"4 runs, {len(kept)} of them finished before")
+    assert "4/4 runs" in study["bar"]
+
+
+def folder_of(study, algo: str, seed: int) -> Path:
+    return next((study["out"] / "runs").glob(f"{algo}-seed{seed}-*"))
+
+
+def test_hyperparameters_reach_the_model(study) -> None:
+    own = yaml.safe_load((zoo.HYPERPARAMS / "ppo_penalty.yml").read_text())["Pendulum-v1"]
+    penalty = PPOPenalty.load(folder_of(study, "ppo_penalty", 1) / "Pendulum-v1.zip")
+    stock = PPO.load(folder_of(study, "ppo", 0) / "Pendulum-v1.zip")
+    assert (penalty.target_kl, penalty.seed, penalty.gamma, penalty.n_envs) == (0.02, 1, own["gamma"], own["n_envs"])
+    assert (stock.use_sde, stock.seed, stock.gamma, stock.n_envs) == (True, 0, 0.9, 4)  # Zoo's entry
+    for model in (penalty, stock):
+        assert (model.n_steps, model.n_epochs, model.num_timesteps) == (64, 2, 768)
+        assert model.lr_schedule(0.5) == 0.001
+
+
+def test_the_final_return_is_the_saved_model_s_on_the_starts_that_all_share(study) -> None:
+    rows = pd.read_csv(study["out"] / "results.csv").set_index(["algo", "seed"])
+    model = PPO.load(folder_of(study, "ppo", 1) / "Pendulum-v1.zip", device="cpu")
+    returns = []
+    for k in range(10):
+        env = gym.make("Pendulum-v1")
+        observation, _ = env.reset(seed=STARTS_SEED + k)
+        over, total = False, 0.0
+        while not over:
+            observation, reward, _, over, _ = env.step(model.predict(observation, deterministic=True)[0])
+            total += reward
+        returns.append(total)
+    assert rows.loc[("ppo", 1), "final_return"] == pytest.approx(np.mean(returns), rel=1e-5)
+
+
+def test_evaluations_are_made_at_the_same_steps_for_all(study) -> None:
+    for algo in ("ppo_penalty", "ppo"):
+        with np.load(folder_of(study, algo, 0) / "evaluations.npz") as evaluations:
+            assert evaluations["timesteps"].tolist() == [0, 200, 400, 600]
+            assert evaluations["results"].shape == (4, 10)
+
+
+def test_every_update_is_logged_at_its_own_step(study) -> None:
+    log = pd.read_csv(folder_of(study, "ppo_penalty", 0) / "progress.csv")
+    updates = log.dropna(subset=["train/kl"])
+    assert updates["time/total_timesteps"].tolist() == [256, 512, 768]  # 4 environments of 64 steps; the last one too
+    model = PPOPenalty.load(folder_of(study, "ppo_penalty", 0) / "Pendulum-v1.zip")
+    assert updates["train/kl_coef"].iloc[-1] == model.kl_coef
+    assert {"train/kl_min", "train/kl_max", "train/effective_sample_size", "train/clip_fraction"} <= set(log)
+    assert updates["train/kl_max"].tolist() == [0.03] * 3
+
+
+def test_the_report_has_the_table_the_pictures_and_where_it_comes_from(study) -> None:
+    text = (study["out"] / "report.md").read_text()
+    rows = pd.read_csv(study["out"] / "results.csv")
+    means = rows.groupby("algo")["final_return"].mean()  # of two seeds the IQM is the mean
+    for algo, mean in means.items():
+        assert f"| {algo}" in text
+        assert f"{mean:,.1f} [" in text
+        assert f"{-137.6 - mean:,.1f}" in text
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (study["out"] / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"!\[", text)) == 4
+    assert f"torch {th.__version__}" in text
+    assert "seeds 0, 1, 600 environment steps" in text
+    assert "python -m sb3_ppo_penalty compare --algos ppo_penalty ppo --seeds 2" in text
+    assert "target_kl: 0.02" in text
+
+
+# ------------------------------------------------------------------------------------------------------ runs that fail
+
+
+@pytest.fixture(name="lottery", scope="module")
+def make_lottery(tmp_path_factory) -> dict:
+    """One algorithm that cannot be built, and one whose second environment, of seed 1, takes its process down."""
+    room = tmp_path_factory.mktemp("lottery")
+    (room / "lottery.py").write_text(LOTTERY)
+    words = ["--env", "Lottery-v0", "--gym-packages", "lottery", "--algos", "ppo_penalty", "ppo_clip", "ppo", "trpo"]
+    words += [
+        "--seeds",
+        "1",
+        "--n-timesteps",
+        "128",
+        "--eval-freq",
+        "64",
+        "--n-eval-episodes",
+        "120",
+        "--out",
+        str(room / "out"),
+    ]
+    words += ["--hyperparams", "n_steps=64", "ppo_penalty:n_epochs=1", "ppo_clip:nonsense=1", "ppo:n_envs=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(room), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*COMPARE, *words], capture_output=True, text=True, env=environment)
+    return {"out": room / "out", "code": done.returncode, "said": done.stdout, "errors": done.stderr}
+
+
+def test_failed_runs_are_reported_and_the_others_go_on(lottery) -> None:
+    def names(folder: str) -> list[str]:
+        return sorted(path.name.rpartition("-")[0] for path in (lottery["out"] / folder).iterdir())
+
+    assert lottery["code"] == 1
+    assert names("runs") == ["ppo_penalty-seed0", "trpo-seed0"], lottery["errors"]
+    assert names("failures") == ["ppo-seed0", "ppo_clip-seed0"]
+    assert "Traceback" in lottery["errors"]
+    assert "got an unexpected keyword argument 'nonsense'" in lottery["errors"]
+    assert "its process died" in next((lottery["out"] / "failures").glob("ppo-seed0-*")).read_text()
+    assert "2 of 4 runs failed" in lottery["said"]
+    assert "got an unexpected keyword argument 'nonsense'" in (lottery["out"] / "report.md").read_text()
+
+
+def test_every_evaluation_has_the_same_starts_whatever_the_policy_does(lottery) -> None:
+    starts = [gym.utils.seeding.np_random(STARTS_SEED + k)[0].uniform(-1, 1) for k in range(150)]
+    last_twenty = starts[130:]  # 120 episodes in 50 environments: the last twenty of them make the last ones
+    for folder in (lottery["out"] / "runs").iterdir():
+        with np.load(folder / "evaluations.npz") as evaluations:
+            for episodes in evaluations["results"]:
+                assert sorted(episodes) == pytest.approx(sorted(starts[:50]), abs=1e-5)
+        with np.load(folder / "final_evaluation.npz") as evaluation:
+            assert evaluation["results"].tolist() == pytest.approx([*starts[:100], *last_twenty], abs=1e-5)
+
+
+def test_the_batch_s_return_is_that_of_the_episodes_that_ended_in_it(lottery) -> None:
+    folder = next((lottery["out"] / "runs").glob("ppo_penalty-seed0-*"))
+    episodes = pd.read_csv(folder / "0.monitor.csv", skiprows=1)["r"]
+    log = pd.read_csv(folder / "progress.csv").dropna(subset=["rollout/batch_return"])
+    # Two batches of 64 steps, in each of which 21 episodes of 3 steps end
+    assert log["rollout/batch_episodes"].tolist() == [21, 21]
+    assert log["rollout/batch_return"].tolist() == pytest.approx([episodes[:21].mean(), episodes[21:].mean()], abs=1e-5)
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path: Path, monkeypatch) -> None:
+    run = a_run()
+    (tmp_path / "runs" / run.name).mkdir(parents=True)
+    (tmp_path / "runs" / run.name / "result.json").write_text("kept")
+
+    def write(run: grid.Run, folder: Path, waiting: int | None) -> None:
+        folder.mkdir()
+        (folder / "result.json").write_text("new")
+
+    monkeypatch.setattr(execution, "perform", write)
+    assert execution.attempt(run, tmp_path, os.getpid()).error == ""
+    assert (tmp_path / "runs" / run.name / "result.json").read_text() == "kept"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+
+
+# ------------------------------------------------------------------------------------------------- tables and pictures
+
+
+@pytest.fixture(name="made_up")
+def make_made_up(tmp_path: Path) -> tuple[grid.Comparison, results.Results]:
+    """Figures that can be checked by hand: four seeds, of which the IQM leaves out the best and the worst."""
+    finals = {"ppo_penalty": [-140.0, -150.0, -152.0, -900.0], "ppo": [-170.0, -160.0, -180.0, -148.0]}
+    runs, curves, updates = [], [], []
+    for algo, values in finals.items():
+        for seed, value in enumerate(values):
+            reached = [20.0, 40.0, 40.0, math.inf][seed] if algo == "ppo_penalty" else math.inf
+            row = {"env": "Pendulum-v1", "algo": algo, "seed": seed, "final_return": value, "return_over_training": 2 * value}
+            row |= {"steps_to_threshold": reached, "steps": 100, "steps_per_second": 1000.0 * (seed + 1)}
+            runs.append({**row, "last_batch_return": -90.0, "best_batch_return": -80.0})
+            curves += [{"algo": algo, "seed": seed, "steps": 50 * k, "return": value * (3 - k)} for k in range(3)]
+            kl = {"train/kl": 0.01 * (seed + 1), "train/kl_coef": 2.0**seed, "train/kl_min": 0.005, "train/kl_max": 0.02}
+            own = kl if algo == "ppo_penalty" else {"train/approx_kl": 0.001}
+            updates += [{"algo": algo, "seed": seed, "time/total_timesteps": 50 * k, **own} for k in (1, 2)]
+    settings = {algo: grid.Settings({"gamma": 0.9}, "made up") for algo in finals}
+    work = grid.Task("Pendulum-v1", 100, eval_freq=50, n_eval_episodes=1000, device="cpu", gym_packages=())
+    comparison = grid.Comparison(
+        grid.plan(settings, work, range(4)), work, settings, tmp_path, threshold=-200.0, donor=None, command="made up"
+    )
+    return comparison, results.Results(*map(pd.DataFrame, (runs, curves, updates)))
+
+
+def test_the_table_s_figures(made_up) -> None:
+    comparison, found = made_up
+    figures = results.summary(found, comparison.optimum)
+    penalty, stock = figures.loc["ppo_penalty"], figures.loc["ppo"]
+    assert penalty["final_return"] == -151  # of -150 and -152
+    assert penalty["worst_seed"] == -900
+    assert penalty["gap_to_optimum"] == pytest.approx(13.4)
+    assert stock["final_return"] == -165
+    # -140, -150, -152 and -900 beat 4, 3, 3 and 0 of -148, -160, -170 and -180
+    assert penalty["improvement"] == 10 / 16
+    assert penalty["steps_to_threshold"] == 40
+    assert penalty["reached_threshold"] == 3
+    assert penalty["steps_per_second"] == 2500
+    table = report.table(comparison, found)
+    assert "| -151.0 [-900.0, -140.0] | -900.0     | 13.4 " in table
+    assert "40 (3/4 seeds)" in table
+    assert "not reached (0/4 seeds)" in table
+
+
+def test_the_pictures_show_the_figures(made_up) -> None:
+    comparison, found = made_up
+    curves = plots.learning_curves(comparison, found).axes[0].get_lines()
+    assert curves[0].get_xydata().tolist() == [[0, -453], [50, -302], [100, -151]]
+    above, below = plots.divergence(comparison, found).axes
+    assert above.get_lines()[0].get_ydata() == pytest.approx([0.025, 0.025])  # of 0.02 and 0.03
+    assert [line.get_ydata()[0] for line in above.get_lines() if line.get_linestyle() == "--"] == [0.005, 0.02]
+    assert below.get_lines()[0].get_ydata().tolist() == [3, 3]  # of 2 and 4
+    labels = above.get_legend_handles_labels()[1]
+    assert labels == ["ppo_penalty (exact)", "ppo (SB3's estimate)"]
+    finals = plots.intervals(comparison, found).axes[0]
+    assert finals.get_lines()[0].get_xdata()[0] == -151
+    assert [label.get_text() for label in finals.get_yticklabels()] == ["ppo_penalty", "ppo"]
+
+
+def test_the_document_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None:
+    _, found = made_up
+    found.runs["algo"] = found.runs["algo"].replace("ppo_penalty", "ppo_document")
+    text = report.document_section(found)
+    assert "| 3            | 100              | -90.0                         | -80.0             | -900.0" in text
+    assert "-76.99" in text
+
+
+def test_a_single_algorithm_with_a_single_seed_is_reported_too(made_up) -> None:
+    comparison, found = made_up
+    one = results.Results(*(frame[(frame["algo"] == "ppo") & (frame["seed"] == 0)] for frame in found))
+    report.write(comparison, one, {})
+    assert "| ppo       | -170.0       | -170.0" in (comparison.out / "report.md").read_text()
+    assert sorted(path.name for path in comparison.out.glob("*.png")) == sorted(plots.draw(comparison, one))
