@@ -1,0 +1,56 @@
+"""``python -m sb3_ppo_penalty``: train and watch through RL Zoo, compare with stock PPO."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sb3_ppo_penalty import zoo
+from sb3_ppo_penalty.zoo import commands
+
+COMMANDS = {
+    "train": "RL Zoo's train: train an agent, continue one (-i) or search hyperparameters (-optimize)",
+    "enjoy": "RL Zoo's enjoy: watch or evaluate a trained agent",
+    "benchmark": "RL Zoo's benchmark: evaluate every agent of a log folder (--no-hub to stay offline)",
+    "record_video": "RL Zoo's record_video: film a trained agent",
+    "record_training": "RL Zoo's record_training: film an agent's checkpoints (needs ffmpeg)",
+    "compare": "compare the algorithms with stock PPO and TRPO over seeds: table, report and plots",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """:return: of the first word; each command has a ``--help`` of its own."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_ppo_penalty",
+        usage="%(prog)s COMMAND ...",
+        description="PPO with an adaptive KL penalty, and PPO-clip.",
+        epilog="\n".join(["commands:", *(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below; COMMAND --help says more")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    :param arguments: of the command line, without the program; default: this process's
+    :return: the exit code
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    command = parser.parse_args(words[:1]).command
+    if command == "compare":
+        # Not at the top, like RL Zoo: neither command waits for what only the other needs
+        from sb3_ppo_penalty.study.cli import main as compare
+
+        return compare(words[1:])
+    try:
+        zoo.register()
+    except zoo.MissingExtraError as error:
+        parser.exit(1, f"{error}\n")
+    commands.run(command, words[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""RL Zoo's commands, run with the algorithms registered."""
+
+import importlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+#: RL Zoo's modules that hold a function of the same name
+FUNCTIONS = ("train", "enjoy")
+#: RL Zoo's modules that are scripts
+SCRIPTS = ("benchmark", "record_video", "record_training")
+#: What these scripts start, and which command of ours it is
+CHILDREN = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """
+    Run one of RL Zoo's commands, after :func:`~sb3_ppo_penalty.zoo.register`.
+
+    :param command: one of :data:`FUNCTIONS` or :data:`SCRIPTS`
+    :param arguments: RL Zoo's own, see its ``--help``
+    """
+    module = f"rl_zoo3.{command}"
+    sys.argv = [f"sb3_ppo_penalty {command}", *arguments]
+    if command in FUNCTIONS:
+        getattr(importlib.import_module(module), command)()
+        return
+    with _registered_children():
+        runpy.run_module(module, run_name="__main__")
+
+
+def child_command(command: Any) -> Any:
+    """
+    The command in which the algorithms are registered, for one of RL Zoo's that its scripts start.
+
+    :param command: ``python enjoy.py ...`` (a file that an installed RL Zoo lacks), ``python -m rl_zoo3.record_video ...`` or
+        one that is not RL Zoo's
+    :return: ``python -m sb3_ppo_penalty enjoy ...``, ``python -m sb3_ppo_penalty record_video ...``, or the same
+    """
+    for start, name in CHILDREN.items():
+        if tuple(command[: len(start)]) == start:
+            return [sys.executable, "-m", "sb3_ppo_penalty", name, *command[len(start) :]]
+    return command
+
+
+@contextmanager
+def _registered_children() -> Iterator[None]:
+    """Let the commands that RL Zoo's scripts start, in processes of their own, know the algorithms too."""
+    call = subprocess.call
+
+    def call_registered(command: Any, *args: Any, **kwargs: Any) -> int:
+        return call(child_command(command), *args, **kwargs)
+
+    patched: Any = subprocess
+    patched.call = call_registered
+    try:
+        yield
+    finally:
+        patched.call = call

@@ -1,0 +1,86 @@
+"""What RL Zoo's tables get, and its experiment manager where these algorithms need something else."""
+
+from argparse import Namespace
+from typing import Any, NamedTuple
+
+import optuna
+import rl_zoo3.exp_manager
+import rl_zoo3.train
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.zoo import HYPERPARAMS
+from sb3_ppo_penalty.zoo.search import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
+
+
+class Entry(NamedTuple):
+    """
+    What RL Zoo must know of an algorithm.
+
+    :param algorithm: its class
+    :param sampler: draws hyperparameters for an Optuna trial
+    """
+
+    algorithm: type[BaseAlgorithm]
+    sampler: Sampler
+
+
+ENTRIES = {"ppo_penalty": Entry(PPOPenalty, sample_ppo_penalty), "ppo_clip": Entry(PPOClip, sample_ppo_clip)}
+
+
+class Manager(ExperimentManager):
+    """
+    RL Zoo's manager, with this package's hyperparameter files for this package's algorithms where none is named.
+
+    :param args: see RL Zoo, as for everything else
+    :param algo: name of the algorithm
+    :param others: RL Zoo's further arguments, in its order
+    :param kwargs: RL Zoo's further arguments by name, among them ``config``, the hyperparameter file or module
+    """
+
+    def __init__(self, args: Namespace, algo: str, *others: Any, **kwargs: Any) -> None:
+        if algo in ENTRIES and kwargs.get("config") is None:
+            kwargs["config"] = str(HYPERPARAMS / f"{algo}.yml")
+        super().__init__(args, algo, *others, **kwargs)
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        """
+        Continue with the coefficient that the agent had reached: the file's is for a first update.
+
+        :param hyperparams: of the file and the command line
+        :param env: to train in
+        :return: the agent
+        """
+        if "kl_coef" not in (self.custom_hyperparams or {}):
+            hyperparams.pop("kl_coef", None)
+        return super()._load_pretrained_agent(hyperparams, env)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """
+        Prune a trial whose update is not finite, as RL Zoo does with the errors that SB3 raises there.
+
+        :param trial: of Optuna
+        :return: mean reward
+        """
+        try:
+            return super().objective(trial)
+        except FloatingPointError as error:
+            raise optuna.TrialPruned(str(error)) from error
+
+
+def register() -> None:
+    """Fill RL Zoo's tables: see :func:`sb3_ppo_penalty.zoo.register`."""
+    samplers: dict[str, Any] = HYPERPARAMS_SAMPLER  # whose inferred types hold RL Zoo's own functions only
+    converters: dict[str, Any] = HYPERPARAMS_CONVERTER
+    for name, entry in ENTRIES.items():
+        ALGOS[name] = entry.algorithm
+        samplers[name] = entry.sampler
+        converters[name] = convert
+    # `train` has its own reference; who imports the manager later takes the first
+    modules: list[Any] = [rl_zoo3.exp_manager, rl_zoo3.train]
+    for module in modules:
+        module.ExperimentManager = Manager
