@@ -26,10 +26,13 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
     :raises ValueError: says what is wrong: shape, sign, symmetry, definiteness, a value that is not finite
     """
     try:
-        values = np.array(covariance.tolist() if isinstance(covariance, th.Tensor) else covariance, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        values = np.array(covariance.tolist() if isinstance(covariance, th.Tensor) else covariance)
+    except ValueError as error:
         raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}") from error
-    values = values.astype(np.float32).astype(np.float64)  # checked as the policy will hold them
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32).astype(np.float64)  # checked as the policy will hold them
     if values.ndim == 0:
         values = np.full(action_dim, values)
     if values.shape not in ((action_dim,), (action_dim, action_dim)):
@@ -41,13 +44,23 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
         raise ValueError(f"`covariance` must be finite, got {covariance!r}")
     if values.ndim == 1 and (values <= 0).any():
         raise ValueError(f"`covariance` must be positive: a variance cannot be {values.min():g}")
-    if values.ndim == 2 and not np.allclose(values, values.T, rtol=1e-6, atol=0):
-        raise ValueError(f"`covariance` must be symmetric, got {values.tolist()}")
-    if values.ndim == 2 and np.linalg.eigvalsh(values).min() <= 0:
-        raise ValueError(
-            f"`covariance` must be positive definite: its smallest eigenvalue is {np.linalg.eigvalsh(values).min():g}"
-        )
+    if values.ndim == 2:
+        _check_matrix(values)
     return th.as_tensor(values)
+
+
+def _check_matrix(values: np.ndarray[Any, Any]) -> None:
+    """
+    :param values: a finite square matrix
+    :raises ValueError: if it is not symmetric, or not positive definite beyond rounding errors
+    """
+    deviations = np.sqrt(np.abs(values.diagonal()))
+    # R D R^T leaves unequal rounding errors where 0 is meant: small beside the variances, not beside each other
+    if (np.abs(values - values.T) > 1e-6 * np.outer(deviations, deviations)).any():
+        raise ValueError(f"`covariance` must be symmetric, got {values.tolist()}")
+    eigenvalues = np.linalg.eigvalsh(values)
+    if eigenvalues.min() <= len(values) * np.finfo(np.float64).eps * np.abs(eigenvalues).max():
+        raise ValueError(f"`covariance` must be positive definite: its smallest eigenvalue is {eigenvalues.min():g}")
 
 
 class GaussianConstants(NamedTuple):

@@ -126,7 +126,7 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
     :return: the parameters in each state of the batch
     :raises ValueError: for a distribution whose divergence is not known in closed form
     """
-    inner = distribution.distribution
+    inner = getattr(distribution, "distribution", None)  # sb3-contrib's masked ones keep their parts elsewhere
     parts = inner if isinstance(inner, Sequence) else [inner]
     choices = tuple(part.logits for part in parts if isinstance(part, Categorical))
     if len(choices) == len(parts):
@@ -167,6 +167,7 @@ def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     :return: shape (batch,), in nats
     :raises ValueError: if the two are not of the same kind
     """
-    if old.divergence is not new.divergence:
-        raise ValueError(f"cannot compare {old.divergence.__name__[3:]} with {new.divergence.__name__[3:]}")
+    kinds = [(part.divergence.__name__.removeprefix("kl_"), len(part.per_state) + len(part.shared)) for part in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"cannot compare {kinds[0][0]} of {kinds[0][1]} tensors with {kinds[1][0]} of {kinds[1][1]}")
     return old.divergence(*old.per_state, *old.shared, *new.per_state, *new.shared)

@@ -1,5 +1,6 @@
 """SB3's actor-critic policies with a Gaussian whose covariance does not learn (the document, section 5)."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from sb3_ppo_penalty.distributions import (
     GaussianConstants,
     covariance_tensor,
 )
+
+#: What SB3's policies take after the two spaces and the schedule, in SB3's order
+SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[4:]
 
 
 class FixedCovarianceMixin(ActorCriticPolicy):
@@ -54,6 +58,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         learn_covariance: bool = False,
         **kwargs: Any,
     ) -> None:
+        # Named, so that a `log_std_init` in SB3's place is seen
+        kwargs.update(zip(SB3_ARGUMENTS, args, strict=False))
         self.learn_covariance = learn_covariance
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
@@ -61,7 +67,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if covariance is None and "log_std_init" in kwargs:
             self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
         self._covariance_is_asked_for = covariance is not None or learn_covariance
-        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     @property
     def has_fixed_covariance(self) -> bool:

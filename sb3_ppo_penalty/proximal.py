@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import losses
-from sb3_ppo_penalty.arguments import require, require_integer, require_number
+from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
@@ -138,7 +138,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         inherited = passed_on(OnPolicyAlgorithm.__init__, locals())
-        super().__init__(**{**inherited, "_init_setup_model": False})
+        try:
+            super().__init__(**{**inherited, "_init_setup_model": False})
+        except AssertionError as error:
+            raise ArgumentError(str(error)) from error
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -159,9 +162,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         """:raises ValueError: naming the argument that is wrong."""
+        for name, value in list(vars(self).items()):
+            # Plain Python: SB3's schedules and queues refuse numpy's numbers, and the saved file keeps Python's readable
+            if isinstance(value, np.generic):
+                setattr(self, name, value.item())
         supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
         names = "Box, Discrete, MultiDiscrete or MultiBinary"
         require(isinstance(self.action_space, supported), "env's action space", self.action_space, names)
+        tables = (spaces.MultiDiscrete, spaces.MultiBinary)
+        if isinstance(self.action_space, tables) and len(self.action_space.shape) > 1:
+            raise ArgumentError(f"`env`: Multi-dimensional {self.action_space} action space is not supported: flatten it")
         require_number("learning_rate", self.learning_rate, 0, schedule=True)
         require_integer("n_steps", self.n_steps, 1)
         require_integer("batch_size", self.batch_size, 2 if self.normalize_advantage else 1)
@@ -183,7 +193,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         buffer_class = self.rollout_buffer_class or RolloutBuffer
         own = {RolloutBuffer.get, DictRolloutBuffer.get}, {RolloutBuffer._get_samples, DictRolloutBuffer._get_samples}
-        plain = buffer_class.get in own[0] and buffer_class._get_samples in own[1]
+        plain = getattr(buffer_class, "get", None) in own[0] and getattr(buffer_class, "_get_samples", None) in own[1]
         allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
         require(plain, "rollout_buffer_class", buffer_class, allowed)
         size = self.n_steps * self.n_envs

@@ -139,6 +139,15 @@ def test_the_constants_by_hand():
     assert constants.entropy.item() == pytest.approx(math.log(2 * math.pi) + math.log(4) + 1)
 
 
+def test_the_constants_are_worked_out_in_double_precision():
+    # An almost singular matrix, whose determinant loses three digits in single precision
+    matrix = th.tensor([[1.0, 0.9999], [0.9999, 1.0]])
+    constants, exact = GaussianConstants.of(matrix), matrix.double().numpy()
+    np.testing.assert_allclose(constants.whitening, np.linalg.inv(np.linalg.cholesky(exact)), rtol=2e-7)
+    expected = math.log(2 * math.pi) + 0.5 * np.linalg.slogdet(exact)[1]
+    assert constants.log_normalizer.item() == pytest.approx(expected, rel=2e-7)
+
+
 # --- whole policies
 
 

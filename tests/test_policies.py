@@ -251,6 +251,8 @@ def test_the_file_of_a_learned_covariance_holds_what_was_learned(tmp_path):
     assert ((2 * learned).exp() - th.tensor([0.1, 0.5, 2.0])).abs().min() > 1e-3
     model.policy.save(tmp_path / "policy.pt")
     assert th.equal(MlpPolicy.load(tmp_path / "policy.pt").log_std, learned)
+    # What is built anew from the same arguments starts there, too
+    th.testing.assert_close(MlpPolicy(**model.policy._get_constructor_parameters()).log_std, learned)
     model.save(tmp_path / "model.zip")
     assert th.equal(PPOClip.load(tmp_path / "model.zip").policy.log_std, learned)
 

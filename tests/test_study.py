@@ -452,7 +452,9 @@ def test_failed_runs_are_reported_and_the_others_go_on(lottery) -> None:
 def test_every_evaluation_has_the_same_starts_whatever_the_policy_does(lottery) -> None:
     starts = [gym.utils.seeding.np_random(STARTS_SEED + k)[0].uniform(-1, 1) for k in range(150)]
     last_twenty = starts[130:]  # 120 episodes in 50 environments: the last twenty of them make the last ones
-    for folder in (lottery["out"] / "runs").iterdir():
+    folders = list((lottery["out"] / "runs").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
         with np.load(folder / "evaluations.npz") as evaluations:
             for episodes in evaluations["results"]:
                 assert sorted(episodes) == pytest.approx(sorted(starts[:50]), abs=1e-5)

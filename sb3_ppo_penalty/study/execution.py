@@ -22,6 +22,8 @@ RUNS, FAILURES = "runs", "failures"
 LOG = "log.txt"
 #: Seconds between two looks at how far the runs are: at a terminal, and where every look leaves a line behind
 REFRESH, REFRESH_LOG = 0.5, 30.0
+#: Seconds after which a process without work ends, also when the one that gave it work is gone
+IDLE = 30
 
 
 class Outcome(NamedTuple):
@@ -157,7 +159,7 @@ def _in_processes(runs: Iterable[Run], out: Path, n_jobs: int) -> Iterator[Outco
     :param n_jobs: how many at a time
     :return: outcomes in the order in which the runs end
     """
-    with parallel_config(backend="loky", inner_max_num_threads=1):
+    with parallel_config(backend="loky", inner_max_num_threads=1, idle_worker_timeout=IDLE):
         pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
         yield from pool(delayed(attempt)(run, out, os.getpid()) for run in list(runs))
 
