@@ -23,6 +23,7 @@ from PIL import Image
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
@@ -35,19 +36,20 @@ from matplotlib import pyplot as plt
 OPTIMUM = -137.6
 ENV_ID = "Pendulum-v1"
 N_ENVS = 4
-GAMMA = 0.95
+GAMMA = 0.98
 #: The package's entry for RL Zoo, tuned on seeds other than those that the README reports
 HYPERPARAMETERS = {
     "n_steps": 256,
     "gamma": GAMMA,
     "gae_lambda": 0.9,
-    "learning_rate": 1e-3,
+    "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
     "n_epochs": 10,
     "batch_size": 64,
     "max_grad_norm": 5.0,
     "target_kl": 0.01,
-    "kl_coef_bounds": (1.0, 1e3),
-    "policy_kwargs": {"covariance": 1.0, "activation_fn": nn.ReLU},
+    "kl_coef": 3.0,
+    "kl_coef_bounds": (3.0, 1e3),
+    "policy_kwargs": {"covariance": 2.0, "activation_fn": nn.ReLU},
 }
 
 

@@ -16,6 +16,7 @@ from gymnasium import make
 from PIL import Image
 from scipy.stats import norm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip, PPOPenalty, losses
@@ -333,3 +334,27 @@ def test_unknown_feature_is_named(tmp_path, monkeypatch, capsys):
     named = "no such feature: callback; there are callbacks, normalization, subprocesses, loggers"
     assert named in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_pendulum_writes_what_it_promises(tmp_path):
+    arguments = ["--seed", "1", "--n-timesteps", "10240", "--n-eval-episodes", "100", "--out", "made"]
+    printed = run("train_pendulum.py", *arguments, folder=tmp_path)
+    out = tmp_path / "made"
+    said = re.search(r"Mean return over 100 episodes: (\S+) \+- (\S+) \(optimum -137.6\)", printed)
+    assert said is not None
+    # The saved model, on the same starts, reaches what was printed
+    model = PPOPenalty.load(out / "ppo_penalty_pendulum")
+    returns, _ = evaluate_policy(
+        model, make_vec_env("Pendulum-v1", n_envs=50, seed=20_000), 100, return_episode_rewards=True, warn=False
+    )
+    assert float(said[1]) == pytest.approx(np.mean(returns), abs=0.06)
+    assert model.num_timesteps == 10240
+    with Image.open(out / "pendulum.gif") as film:
+        assert film.n_frames == 75
+        first = np.asarray(film.convert("RGB")).astype(int)
+        film.seek(20)
+        assert np.abs(np.asarray(film.convert("RGB")).astype(int) - first).max() > 100  # it moves
+        assert red(first).sum() > 300  # and the rod is there
+    assert panel_has(pixels(out / "learning_curve.png"), BLUE)
+    assert (out / "pendulum.gif").stat().st_size < 1_000_000
+    assert np.load(out / "evaluations.npz")["results"].shape == (2, 20)  # at 5,000 and 10,000 steps

@@ -318,10 +318,9 @@ def test_search_on_discrete_actions(algo: str) -> None:
     assert sampled == {**SHARED_MEANING, **own, "policy_kwargs": NETWORK}
     assert trial.user_attrs == {"batch_size": 128, "n_steps": 32, "gamma": 0.9, "gae_lambda": 0.8}
     # What RL Zoo reads back with --trial-id, where it knows no clip range that is None
-    del sampled["clip_range"]
-    stored = HYPERPARAMS_CONVERTER[algo](trial.params)
-    assert stored.pop("clip_range", None) == own["clip_range"]
-    assert stored == sampled
+    if algo == "ppo_penalty":
+        del sampled["clip_range"]
+    assert HYPERPARAMS_CONVERTER[algo](trial.params) == sampled
 
 
 @pytest.mark.parametrize(
@@ -415,9 +414,6 @@ def test_numbers_are_numbers_and_minibatches_whole(algo: str) -> None:
 @pytest.mark.parametrize("env", [*sorted(ENVIRONMENTS), "Reacher-v5", "MountainCar-v0", "ALE/Pong-v5"])
 @pytest.mark.parametrize("algo", CLASSES)
 def test_entry_trains(algo: str, env: str, tmp_path: Path) -> None:
-    if env.startswith("ALE"):
-        pytest.importorskip("ale_py")
-        pytest.importorskip("cv2")
     experiment = manager(algo, env, tmp_path, hyperparams={"n_steps": 8, "batch_size": 8, "n_epochs": 1})
     name = env if env in ENVIRONMENTS else "atari" if env.startswith("ALE") else "default"
     entry = entries(algo)[name]
