@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 def _scale_term(change: th.Tensor) -> th.Tensor:
     """
-    What a change of scale adds to the divergence, ``e + e^2 / 2 - log(1 + e)``: exactly 0 at ``e = 0``, never cancels.
+    What a change of scale adds to the divergence, ``e + e^2 / 2 - log(1 + e)``: exactly 0 at ``e = 0`` and accurate around it.
 
     :param change: e = old scale / new scale - 1
     :return: in nats, same shape

@@ -65,7 +65,10 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
         self._requested_covariance = covariance
         if covariance is None and "log_std_init" in kwargs:
-            self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
+            with np.errstate(over="ignore"):
+                self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
+            if not 0 < self._requested_covariance < np.inf:
+                raise ValueError(f"`log_std_init` must give a positive finite spread, got {kwargs['log_std_init']!r}")
         self._covariance_is_asked_for = covariance is not None or learn_covariance
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 

@@ -176,6 +176,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_integer("n_steps", self.n_steps, 1)
         require_integer("batch_size", self.batch_size, 2 if self.normalize_advantage else 1)
         require_integer("n_epochs", self.n_epochs, 1)
+        require(isinstance(self.normalize_advantage, bool), "normalize_advantage", self.normalize_advantage, "True or False")
+        require_integer("sde_sample_freq", self.sde_sample_freq, -1)
         require_number("gamma", self.gamma, 0, 1)
         require_number("gae_lambda", self.gae_lambda, 0, 1)
         require_number("clip_range", self.clip_range, 0, open_below=True, infinite=True, optional=True, schedule=True)
@@ -196,6 +198,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         plain = getattr(buffer_class, "get", None) in own[0] and getattr(buffer_class, "_get_samples", None) in own[1]
         allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
         require(plain, "rollout_buffer_class", buffer_class, allowed)
+        dicts = isinstance(self.observation_space, spaces.Dict)
+        suits = self.rollout_buffer_class is None or issubclass(buffer_class, DictRolloutBuffer) == dicts
+        require(suits, "rollout_buffer_class", buffer_class, f"for {'Dict' if dicts else 'array'} observations")
         size = self.n_steps * self.n_envs
         if self.normalize_advantage:
             require(size > 1, "n_steps", self.n_steps, f"more than 1 in total over {self.n_envs} environment(s)")
