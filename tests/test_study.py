@@ -221,7 +221,7 @@ def test_plain_command_is_a_first_look_and_full_the_study() -> None:
     first, full = plan(), plan("--full")
     assert sorted({run.algo for run in first.runs}) == ["ppo", "ppo_clip", "ppo_penalty", "trpo"]
     assert len(first.runs) == 12
-    assert first.task.n_timesteps == 50_000
+    assert first.task.n_timesteps == 40_000
     assert len(full.runs) == 40
     assert full.task.n_timesteps == 100_000
     assert full.task.eval_freq == 5_000
@@ -469,6 +469,13 @@ def test_the_batch_s_return_is_that_of_the_episodes_that_ended_in_it(lottery) ->
     # Two batches of 64 steps, in each of which 21 episodes of 3 steps end
     assert log["rollout/batch_episodes"].tolist() == [21, 21]
     assert log["rollout/batch_return"].tolist() == pytest.approx([episodes[:21].mean(), episodes[21:].mean()], abs=1e-5)
+
+
+def test_where_every_run_fails_there_is_no_report_but_the_tracebacks(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(execution, "perform", lambda *_: 1 / 0)
+    assert cli.compare(plan("--algos", "ppo", "--seeds", "1", "--out", str(tmp_path)), n_jobs=1) == 1
+    assert "1 of 1 runs failed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["failures"]
 
 
 def test_a_finished_run_is_never_overwritten(tmp_path: Path, monkeypatch) -> None:

@@ -258,7 +258,7 @@ def importance_weights(comparison: Comparison, results: Results) -> Figure:
         if not axes.lines:
             _nothing(axes)
     panels[0].set_ylim(bottom=0)
-    panels[1].set_ylim(top=1.0)
+    panels[1].set_ylim(max(panels[1].get_ylim()[0], 0), 1)
     _legend_below(figure, panels)
     return figure
 

@@ -39,7 +39,7 @@ class Results(NamedTuple):
     @property
     def algos(self) -> list[str]:
         """Those that have a finished run, in the order of the comparison."""
-        return list(dict.fromkeys(self.runs["algo"]))
+        return list(dict.fromkeys(self.runs["algo"])) if len(self.runs) else []
 
     def final_returns(self, algo: str) -> Array:
         """
