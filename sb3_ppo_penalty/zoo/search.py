@@ -7,6 +7,8 @@ from typing import Any
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
+#: PPOPenalty's default: a file's narrower bounds are those of its own coefficient, and would refuse a trial's
+KL_COEF_BOUNDS = (0.001, 1000.0)
 #: (trial, number of action dimensions or 0, number of environments, what RL Zoo adds for HER) -> keyword arguments
 Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 
@@ -84,6 +86,8 @@ def convert(params: dict[str, Any]) -> dict[str, Any]:
     :return: keyword arguments
     """
     params = params.copy()
+    if "kl_coef" in params:
+        params.setdefault("kl_coef_bounds", KL_COEF_BOUNDS)
     exploration, covariance = params.pop("exploration", None), params.pop("covariance", None)
     # RL Zoo makes schedules of clip ranges and knows none that is None
     if params["clip_range"] is None:
