@@ -220,8 +220,8 @@ def plan(*words: str) -> grid.Comparison:
 def test_plain_command_is_a_first_look_and_full_the_study() -> None:
     first, full = plan(), plan("--full")
     assert sorted({run.algo for run in first.runs}) == ["ppo", "ppo_clip", "ppo_penalty", "trpo"]
-    assert len(first.runs) == 12
-    assert first.task.n_timesteps == 40_000
+    assert len(first.runs) == 8
+    assert first.task.n_timesteps == 80_000
     assert len(full.runs) == 40
     assert full.task.n_timesteps == 100_000
     assert full.task.eval_freq == 5_000
