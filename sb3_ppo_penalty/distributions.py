@@ -9,6 +9,8 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
+from sb3_ppo_penalty.divergence import ActionParameters, kl_fixed_diagonal, kl_fixed_full, parameters_of
+
 SelfFixedGaussian = TypeVar("SelfFixedGaussian", bound="FixedGaussianDistribution")
 
 #: The document's covariance, section 5: 0.5 times the identity
@@ -109,7 +111,7 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
     def __init__(self, action_dim: int):
         super().__init__(action_dim)
         self._mean: th.Tensor
-        self._constants: GaussianConstants
+        self.constants: GaussianConstants
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, Any]:
         """
@@ -127,13 +129,13 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         :param constants: of the covariance
         :return: self
         """
-        self._mean, self._constants = mean_actions, constants
+        self._mean, self.constants = mean_actions, constants
         return self
 
     @property
     def distribution(self) -> Normal | MultivariateNormal:  # type: ignore[override]
         """The same distribution as torch has it, for code (TRPO's divergence) that asks for that."""
-        scale = self._constants.scale
+        scale = self.constants.scale
         if scale.dim() == 1:
             return Normal(self._mean, scale, validate_args=False)
         return MultivariateNormal(self._mean, scale_tril=scale, validate_args=False)
@@ -145,28 +147,58 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         :param actions: shape (batch, action_dim)
         :return: log-density, shape (batch,)
         """
-        difference, whitening = actions - self._mean, self._constants.whitening
+        difference, whitening = actions - self._mean, self.constants.whitening
         white = difference * whitening if whitening.dim() == 1 else difference @ whitening.mT
-        return -0.5 * white.square().sum(dim=1) - self._constants.log_normalizer
+        return -0.5 * white.square().sum(dim=1) - self.constants.log_normalizer
 
     def entropy(self) -> th.Tensor:
         """
         :return: the same number for every state, shape (batch,), in nats
         """
-        return self._constants.entropy.expand(len(self._mean))
+        return self.constants.entropy.expand(len(self._mean))
 
     def sample(self) -> th.Tensor:
         """
         :return: mean + L noise, shape (batch, action_dim), differentiable in the mean
         :raises ValueError: if a mean is not finite, as torch's own Normal does
         """
-        if not th.isfinite(self._mean).all():
+        return self._mean + self._spread(self._noise())
+
+    def sample_with_log_prob(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw as :meth:`sample` does; the density follows from the noise, ``-|noise|^2 / 2 - log_normalizer``.
+
+        :return: actions, shape (batch, action_dim), and their log-densities, shape (batch,)
+        :raises ValueError: if a mean is not finite
+        """
+        noise = self._noise()
+        return self._mean + self._spread(noise), -0.5 * noise.square().sum(dim=1) - self.constants.log_normalizer
+
+    def _noise(self) -> th.Tensor:
+        """:return: standard normal numbers, shape (batch, action_dim)."""
+        # A sum is the cheaper question; only where it overflows without an infinite mean is its answer wrong
+        if not math.isfinite(self._mean.sum().item()) and not th.isfinite(self._mean).all():
             raise ValueError(f"the policy's mean action is not finite: {self._mean}")
-        noise, scale = th.randn_like(self._mean), self._constants.scale
-        return self._mean + (noise * scale if scale.dim() == 1 else noise @ scale.mT)
+        return th.randn_like(self._mean)
+
+    def _spread(self, noise: th.Tensor) -> th.Tensor:
+        """
+        :param noise: shape (batch, action_dim)
+        :return: L noise, same shape
+        """
+        scale = self.constants.scale
+        return noise * scale if scale.dim() == 1 else noise @ scale.mT
 
     def mode(self) -> th.Tensor:
         """
         :return: the mean, shape (batch, action_dim)
         """
         return self._mean
+
+
+@parameters_of.register
+def _(distribution: FixedGaussianDistribution) -> ActionParameters:
+    scale, whitening = distribution.constants.scale, distribution.constants.whitening
+    return ActionParameters(
+        kl_fixed_diagonal if scale.dim() == 1 else kl_fixed_full, (distribution.mode(),), (scale, whitening)
+    )

@@ -9,6 +9,7 @@ A distribution is frozen with :func:`parameters_of`; two frozen ones are compare
 """
 
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 from typing import NamedTuple
 
 import torch as th
@@ -63,6 +64,55 @@ def kl_gaussian(mean: th.Tensor, scale_tril: th.Tensor, new_mean: th.Tensor, new
     return spread + 0.5 * shift.square().sum(dim=-2).reshape(len(mean))
 
 
+def kl_fixed_diagonal(
+    mean: th.Tensor, std: th.Tensor, whitening: th.Tensor, new_mean: th.Tensor, new_std: th.Tensor, new_whitening: th.Tensor
+) -> th.Tensor:
+    """
+    As :func:`kl_diagonal_gaussian`, where all states share their deviations and the inverses are known.
+
+    While the covariance stays (the very same tensor) only ``sum_i ((m_i - m'_i) / s_i)^2 / 2`` is worked out.
+
+    :param mean: old mean, shape (batch, action_dim)
+    :param std: old standard deviations, shape (action_dim,)
+    :param whitening: ``1 / std``
+    :param new_mean: shape (batch, action_dim)
+    :param new_std: shape (action_dim,)
+    :param new_whitening: ``1 / new_std``
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    shift = 0.5 * ((mean - new_mean) * new_whitening).square().sum(dim=-1)
+    return shift if new_std is std else shift + _scale_term((std - new_std) * new_whitening).sum()
+
+
+def kl_fixed_full(
+    mean: th.Tensor,
+    factor: th.Tensor,
+    whitening: th.Tensor,
+    new_mean: th.Tensor,
+    new_factor: th.Tensor,
+    new_whitening: th.Tensor,
+) -> th.Tensor:
+    """
+    As :func:`kl_gaussian`, where all states share one matrix and the inverse of its factor is known.
+
+    While the covariance stays (the very same tensor) only ``|L^-1 (m - m')|^2 / 2`` is worked out.
+
+    :param mean: old mean, shape (batch, action_dim)
+    :param factor: old lower Cholesky factor L, shape (action_dim, action_dim)
+    :param whitening: inverse of ``factor``
+    :param new_mean: shape (batch, action_dim)
+    :param new_factor: shape (action_dim, action_dim)
+    :param new_whitening: inverse of ``new_factor``
+    :return: KL(old || new), shape (batch,), in nats
+    """
+    shift = 0.5 * ((mean - new_mean) @ new_whitening.mT).square().sum(dim=-1)
+    if new_factor is factor:
+        return shift
+    change = new_whitening @ (factor - new_factor)
+    diagonal = change.diagonal()
+    return shift + (diagonal - th.log1p(diagonal)).sum() + 0.5 * change.square().sum()
+
+
 def kl_categorical(*logits: th.Tensor) -> th.Tensor:
     """
     ``sum_i sum_a p_i(a) (log p_i(a) - log p'_i(a))`` over independent categorical actions i, from log-softmax.
@@ -107,20 +157,14 @@ class ActionParameters(NamedTuple):
     per_state: tuple[th.Tensor, ...]
     shared: tuple[th.Tensor, ...] = ()
 
-    def rows(self, index: th.Tensor) -> "ActionParameters":
-        """
-        The parameters in some of the states.
 
-        :param index: row numbers, shape (rows,)
-        """
-        return self._replace(per_state=tuple(tensor[index] for tensor in self.per_state))
-
-
+@singledispatch
 def parameters_of(distribution: Distribution) -> ActionParameters:
     """
     The parameters that SB3's mutable distribution object holds right now, with their gradient.
 
-    gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence.
+    gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence. For a
+    distribution class of one's own, ``parameters_of.register`` takes a function.
 
     :param distribution: what ``policy.get_distribution(obs)`` returned
     :return: the parameters in each state of the batch
@@ -145,16 +189,16 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
 
 def concatenate(parts: Sequence[ActionParameters]) -> ActionParameters:
     """
-    Join the parameters of several batches of states of one policy, as a copy that later updates cannot reach.
+    Join the parameters of several batches of states of one policy, as a copy that no gradient reaches.
 
     :param parts: at least one batch
-    :return: detached parameters of all states in order
+    :return: detached parameters of all states in order; shared ones that do not learn are kept as they are
     """
     columns = zip(*(part.per_state for part in parts), strict=True)
     return ActionParameters(
         parts[0].divergence,
         tuple(th.cat(column).detach() for column in columns),
-        tuple(tensor.detach().clone() for tensor in parts[0].shared),
+        tuple(tensor.detach().clone() if tensor.requires_grad else tensor for tensor in parts[0].shared),
     )
 
 

@@ -13,6 +13,16 @@ from torch.nn import functional
 REFERENCE_CLIP_RANGE = 0.2
 
 
+def _clip(values: th.Tensor, lowest: float | th.Tensor, highest: float | th.Tensor) -> th.Tensor:
+    """
+    :param values: any shape
+    :param lowest: a number or a scalar tensor, as ``highest`` is
+    :param highest: at least ``lowest``
+    :return: same shape
+    """
+    return th.clamp(values, lowest, highest)  # type: ignore[arg-type]
+
+
 def normalize_advantages(advantages: th.Tensor) -> th.Tensor:
     """
     Shift and scale the advantages to mean 0 and standard deviation 1: ``(A - mean(A)) / (std(A) + 1e-8)``, as SB3 does.
@@ -53,7 +63,7 @@ def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     return (advantages * ratio).mean()
 
 
-def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
+def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
     The objective of PPO-clip: ``J = mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A))``, to be maximised.
 
@@ -64,11 +74,11 @@ def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float
     :param clip_range: eps, how far the ratio may go from 1 before it stops to pay
     :return: scalar, in the unit of the advantages
     """
-    clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    clipped = _clip(ratio, 1 - clip_range, 1 + clip_range)
     return th.min(advantages * ratio, advantages * clipped).mean()
 
 
-def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float) -> th.Tensor:
+def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float | th.Tensor) -> th.Tensor:
     """
     The objective of PPO-penalty: ``J - beta * mean(KL(old || new))``, to be maximised.
 
@@ -82,7 +92,9 @@ def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float) -> 
     return objective - kl_coef * kl.mean()
 
 
-def value_loss(values: th.Tensor, returns: th.Tensor, old_values: th.Tensor, clip_range_vf: float | None = None) -> th.Tensor:
+def value_loss(
+    values: th.Tensor, returns: th.Tensor, old_values: th.Tensor, clip_range_vf: float | th.Tensor | None = None
+) -> th.Tensor:
     """
     Mean squared error of the critic: ``mean((R - V)^2)``.
 
@@ -96,7 +108,7 @@ def value_loss(values: th.Tensor, returns: th.Tensor, old_values: th.Tensor, cli
     :return: scalar, in the squared unit of the returns
     """
     if clip_range_vf is not None:
-        values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
+        values = old_values + _clip(values - old_values, -clip_range_vf, clip_range_vf)
     return functional.mse_loss(returns, values)
 
 

@@ -26,7 +26,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
     """
     Gives an actor-critic policy of SB3, on Box action spaces, the distribution ``N(mean(s), S)`` with a constant S.
 
-    On other action spaces, and with ``use_sde=True``, the policy is SB3's own. The mean is not squashed; SB3 clips actions to
+    On other action spaces, and with ``use_sde=True``, the policy is SB3's own, and everywhere its Adam is torch's fused one
+    (``optimizer_kwargs=dict(fused=False)`` is SB3's, to the last bit). The mean is not squashed; SB3 clips actions to
     the space's bounds before the environment sees them.
 
     :param observation_space: as in SB3
@@ -70,6 +71,9 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             if not 0 < self._requested_covariance < np.inf:
                 raise ValueError(f"`log_std_init` must give a positive finite spread, got {kwargs['log_std_init']!r}")
         self._covariance_is_asked_for = covariance is not None or learn_covariance
+        if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
+            # SB3's eps, and one kernel for all weights instead of a dozen for each
+            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {"eps": 1e-5})}
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     @property
@@ -118,6 +122,30 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         super()._load_from_state_dict(*args, **kwargs)
         if self.has_fixed_covariance:
             self._work_out_constants()
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Act, as SB3's policy does, in fewer operations where the covariance is fixed.
+
+        :param obs: shape (batch, *obs_shape), or one such tensor per key
+        :param deterministic: whether to take the mean
+        :return: actions, shape (batch, *action_shape); values, shape (batch, 1); log-probabilities, shape (batch,)
+        """
+        if not self.has_fixed_covariance or deterministic:
+            actions, values, log_prob = super().forward(obs, deterministic)
+            return actions, values, log_prob
+        assert isinstance(self.action_space, spaces.Box)
+        action_shape = self.action_space.shape
+        features = self.extract_features(obs)
+        if self.share_features_extractor:
+            latent_pi, latent_vf = self.mlp_extractor(features)
+        else:
+            latent_pi = self.mlp_extractor.forward_actor(features[0])
+            latent_vf = self.mlp_extractor.forward_critic(features[1])
+        self._get_action_dist_from_latent(latent_pi)
+        assert isinstance(self.action_dist, FixedGaussianDistribution)
+        actions, log_prob = self.action_dist.sample_with_log_prob()
+        return actions.reshape(-1, *action_shape), self.value_net(latent_vf), log_prob
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         if not self.has_fixed_covariance:

@@ -9,6 +9,7 @@ from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.losses import clipped_surrogate
 from sb3_ppo_penalty.proximal import ProximalAlgorithm
 from sb3_ppo_penalty.rollout import Minibatch, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.update import Settings
 
 
 class PPOClip(ProximalAlgorithm):
@@ -31,15 +32,14 @@ class PPOClip(ProximalAlgorithm):
         super()._check_arguments()
         require(self.clip_range is not None, "clip_range", self.clip_range, "a number or a schedule")
 
-    def _policy_objective(
-        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | None
-    ) -> tuple[th.Tensor, th.Tensor]:
-        assert clip_range is not None
-        objective = clipped_surrogate(ratio, advantages, clip_range)
-        return objective, objective
+    def _settings(self) -> Settings:
+        return {**super()._settings(), "stop_kl": None if self.target_kl is None else 1.5 * self.target_kl}
 
-    def _stops_early(self, approx_kl: th.Tensor) -> bool:
-        return self.target_kl is not None and approx_kl.item() > 1.5 * self.target_kl
+    def _policy_objective(
+        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
+    ) -> tuple[th.Tensor, th.Tensor]:
+        objective = clipped_surrogate(ratio, advantages, settings["clip_range"])
+        return objective, objective
 
 
 #: The document's section 5, with the numbers of the tutorial that it follows:

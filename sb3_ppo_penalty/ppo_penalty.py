@@ -15,6 +15,7 @@ from sb3_ppo_penalty.kl_control import clamp, kl_thresholds, next_kl_coef
 from sb3_ppo_penalty.losses import clipped_surrogate, penalized_surrogate, surrogate
 from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm, passed_on
 from sb3_ppo_penalty.rollout import Minibatch
+from sb3_ppo_penalty.update import Settings
 
 #: The target of the paper's best adaptive variant (Schulman et al. 2017, table 1), in nats
 PAPER_TARGET_KL = 0.01
@@ -80,6 +81,7 @@ class PPOPenalty(ProximalAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
+        compile: bool = False,
         kl_coef: float = 1.0,
         kl_min: float | None = None,
         kl_max: float | None = None,
@@ -120,12 +122,16 @@ class PPOPenalty(ProximalAlgorithm):
         target = PAPER_TARGET_KL if self.target_kl is None else self.target_kl
         return kl_thresholds(target, self.kl_min, self.kl_max)
 
+    def _settings(self) -> Settings:
+        return {**super()._settings(), "kl_coef": self.kl_coef}
+
     def _policy_objective(
-        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | None
+        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
     ) -> tuple[th.Tensor, th.Tensor]:
+        clip_range = settings["clip_range"]
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
         kl = kl_divergence(batch.old, self._current_parameters(batch.observations))
-        return objective, penalized_surrogate(objective, kl, self.kl_coef)
+        return objective, penalized_surrogate(objective, kl, settings["kl_coef"])
 
     def _after_update(self, drift: Drift) -> None:
         low, high = self.kl_thresholds

@@ -1,8 +1,8 @@
 """The filled SB3 buffer as one set of tensors on the device, and the document's reward-to-go buffer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -15,18 +15,10 @@ Observations = th.Tensor | dict[str, th.Tensor]
 
 #: What one pass over a part of the rollout may hold of observations, as float32
 CHUNK_BYTES = 8 * 2**20
+#: Up to this size the observations are put in each epoch's order as a whole; larger ones (images) minibatch by minibatch
+SHUFFLED_BYTES = 32 * 2**20
 #: However small the observations are: the networks' activations take memory too
 CHUNK_ROWS = 4096
-
-
-class Rows(Protocol):
-    """Something that holds a value for every state of the rollout."""
-
-    def rows(self, index: th.Tensor) -> Any:
-        """
-        :param index: row numbers, shape (rows,)
-        :return: the same for these states alone
-        """
 
 
 class Minibatch(NamedTuple):
@@ -39,7 +31,8 @@ class Minibatch(NamedTuple):
     :param old_log_prob: log-probabilities of the actions when they were taken, shape (batch,)
     :param advantages: shape (batch,)
     :param returns: the critic's targets, shape (batch,)
-    :param old: the policy's distributions when it acted, or None if nothing was frozen
+    :param old: the policy's distributions when it acted (:class:`~sb3_ppo_penalty.divergence.ActionParameters`), or None
+        before they are frozen
     """
 
     observations: Observations
@@ -49,6 +42,32 @@ class Minibatch(NamedTuple):
     advantages: th.Tensor
     returns: th.Tensor
     old: Any
+
+    @property
+    def columns(self) -> list[th.Tensor]:
+        """The tensors with a row for every transition."""
+        observations = self.observations.values() if isinstance(self.observations, dict) else (self.observations,)
+        return [*observations, *self[1:6], *(self.old.per_state if self.old else ())]
+
+    @property
+    def shared(self) -> tuple[th.Tensor, ...]:
+        """The tensors that are the same for all transitions."""
+        return self.old.shared if self.old else ()
+
+    def with_columns(self, columns: Sequence[th.Tensor], shared: tuple[th.Tensor, ...] | None = None) -> "Minibatch":
+        """
+        :param columns: in place of :attr:`columns`
+        :param shared: in place of :attr:`shared`; default: the same
+        """
+        count = len(self.observations) if isinstance(self.observations, dict) else 1
+        observations = (
+            dict(zip(self.observations, columns, strict=False)) if isinstance(self.observations, dict) else columns[0]
+        )
+        actions, old_values, old_log_prob, advantages, returns = columns[count : count + 5]
+        old = self.old
+        if old is not None:
+            old = old._replace(per_state=tuple(columns[count + 5 :]), shared=old.shared if shared is None else shared)
+        return Minibatch(observations, actions, old_values, old_log_prob, advantages, returns, old)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Rollout:
     old_log_prob: th.Tensor
     advantages: th.Tensor
     returns: th.Tensor
-    old: Rows | None = None
+    old: Any = None
 
     @classmethod
     def of(cls, buffer: RolloutBuffer) -> "Rollout":
@@ -96,12 +115,10 @@ class Rollout:
         """:return: the number of transitions."""
         return len(self.actions)
 
-    def rows(self, index: th.Tensor) -> Minibatch:
-        """
-        :param index: row numbers, shape (rows,)
-        :return: these transitions
-        """
-        return Minibatch(*(_rows(getattr(self, field.name), index) for field in fields(self)))
+    @property
+    def whole(self) -> Minibatch:
+        """All transitions."""
+        return Minibatch(*(getattr(self, field.name) for field in fields(self)))
 
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """
@@ -110,31 +127,23 @@ class Rollout:
         :param batch_size: the last minibatch is smaller if this does not divide the rollout
         """
         order = th.from_numpy(np.random.permutation(len(self))).to(self.actions.device)  # noqa: NPY002 (SB3's stream)
-        for index in th.split(order, batch_size):
-            yield self.rows(index)
+        whole = self.whole
+        indices = th.split(order, batch_size)
+        pieces = [
+            map(column.__getitem__, indices) if column.nbytes > SHUFFLED_BYTES else th.split(column[order], batch_size)
+            for column in whole.columns
+        ]
+        for columns in zip(*pieces, strict=True):
+            yield whole.with_columns(columns)
 
     def chunks(self) -> Iterator[Minibatch]:
         """Go once over the rollout in order, in parts that bound the memory of a pass without gradient."""
         tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
         row_bytes = 4 * sum(tensor[0].numel() for tensor in tensors)
         rows = min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)
-        for index in th.split(th.arange(len(self), device=self.actions.device), rows):
-            yield self.rows(index)
-
-
-def _rows(values: Any, index: th.Tensor) -> Any:
-    """
-    :param values: a tensor, a dict of tensors, something with rows of its own, or None
-    :param index: row numbers
-    :return: the same for these rows
-    """
-    if values is None:
-        return None
-    if isinstance(values, th.Tensor):
-        return values[index]
-    if isinstance(values, dict):
-        return {key: tensor[index] for key, tensor in values.items()}
-    return values.rows(index)
+        whole = self.whole
+        for columns in zip(*(th.split(column, rows) for column in whole.columns), strict=True):
+            yield whole.with_columns(columns)
 
 
 def _flatten(buffer: RolloutBuffer) -> None:

@@ -1,0 +1,311 @@
+"""
+How fast training is beside stock PPO: steps per second, the split into collection and update, compilation, peak memory.
+
+    python examples/benchmark_speed.py                # the README's table, about five minutes
+    python examples/benchmark_speed.py --parts grid   # ... over environments, numbers of environments, batch sizes
+    python examples/benchmark_speed.py --parts scale  # ... over the width of the networks and the number of actions
+    python examples/benchmark_speed.py --parts memory # peak memory, also for a rollout of images; needs 4 GB
+
+Every contender trains the same networks with SB3's default hyperparameters. They take turns, one rollout with its update at
+a time in one process, and what is reported are medians of ratios within a turn: whatever else the machine is doing, it does
+to all of them. Compilation is what the first turn took longer than the later ones. SBX (`pip install sbx-rl`) takes part
+where it is installed; it has no GPU here either.
+"""
+
+import argparse
+import csv
+import importlib.util
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
+import gymnasium as gym
+import numpy as np
+import stable_baselines3
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+
+from sb3_ppo_penalty import PPOClip, PPOPenalty
+
+#: name -> class and its arguments
+CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
+    "stock PPO": (PPO, {}),
+    "PPOClip": (PPOClip, {}),
+    "PPOPenalty": (PPOPenalty, {}),
+    "PPOClip, compiled": (PPOClip, {"compile": True}),
+    "PPOPenalty, compiled": (PPOPenalty, {"compile": True}),
+}
+COLUMNS = ["part", "case", "contender", "steps_per_second", "ratio", "collect_ratio", "update_ratio", "compilation_s"]
+
+
+class Still(gym.Env[Any, Any]):
+    """
+    An environment that costs nothing, with as many actions as asked for.
+
+    :param action_dim: number of action dimensions
+    """
+
+    def __init__(self, action_dim: int) -> None:
+        self.observation_space = spaces.Box(-1, 1, (16,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
+        self.steps = 0
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """:return: an observation, and no info."""
+        super().reset(seed=options.get("seed"))
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 16).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """:return: a random observation, and how far the action is from zero."""
+        self.steps += 1
+        observation = self.np_random.uniform(-1, 1, 16).astype(np.float32)
+        return observation, -float(np.square(action).mean()), False, self.steps == 200, {}
+
+
+def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]]:
+    """:return: all of them, with SBX where it is installed."""
+    if importlib.util.find_spec("sbx") is None:
+        return CONTENDERS
+    import sbx
+
+    return {**CONTENDERS, "SBX PPO": (sbx.PPO, {})}
+
+
+class Turns:
+    """
+    One contender, timed rollout by rollout.
+
+    :param algorithm: class
+    :param env: environment's id, or what makes one
+    :param n_envs: number of environments
+    :param options: of the algorithm
+    """
+
+    def __init__(self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, **options: Any) -> None:
+        self.model = algorithm("MlpPolicy", make_vec_env(env, n_envs, seed=0), seed=0, **options)
+        self.train, self.update_s = self.model.train, 0.0
+        self.model.train = self._timed_train  # type: ignore[method-assign]
+        self.turns: list[tuple[float, float]] = []
+
+    def _timed_train(self) -> None:
+        start = time.perf_counter()
+        self.train()
+        self.update_s = time.perf_counter() - start
+
+    def __call__(self) -> None:
+        """Collect one rollout and learn from it."""
+        steps = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]
+        start = time.perf_counter()
+        self.model.learn(steps, reset_num_timesteps=not self.turns)
+        self.turns.append((time.perf_counter() - start - self.update_s, self.update_s))
+
+
+def case(part: str, name: str, env: Any, repetitions: int, names: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+    """
+    Let the contenders take turns.
+
+    :param part: of the benchmark
+    :param name: of the case
+    :param env: environment's id, or what makes one
+    :param repetitions: number of turns after the first
+    :param names: of the contenders; default: all
+    :param options: ``n_envs`` and arguments of the algorithms
+    :return: a row for every contender
+    """
+    n_envs = options.pop("n_envs", 4)
+    runs = {
+        key: Turns(algorithm, env, n_envs, device="cpu", **{**options, **own})
+        for key, (algorithm, own) in contenders().items()
+        if not names or key in names
+    }
+    for _ in range(repetitions + 1):
+        for run in runs.values():
+            run()
+    rows = []
+    stock = np.array(runs["stock PPO"].turns[1:])
+    for key, run in runs.items():
+        turns = np.array(run.turns[1:])
+        collect, update = (stock / turns).T
+        median = np.median(turns, axis=0)
+        rows.append(
+            dict(
+                zip(
+                    COLUMNS,
+                    [
+                        part,
+                        name,
+                        key,
+                        round(n_envs * run.model.n_steps / median.sum()),  # type: ignore[attr-defined]
+                        round(statistics.median(stock.sum(axis=1) / turns.sum(axis=1)), 2),
+                        round(statistics.median(collect), 2),
+                        round(statistics.median(update), 2),
+                        round(max(run.turns[0][1] - median[1], 0.0), 1),
+                    ],
+                    strict=True,
+                )
+            )
+        )
+        print(rows[-1], flush=True)
+        run.model.env.close()  # type: ignore[union-attr]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """
+    :param rows: of one part
+    :return: in Markdown
+    """
+    lines = [
+        "| case | contender | steps/s | steps/s, ratio | collection, ratio | update, ratio | compilation |",
+        "|---|" + "---|" * 6,
+    ]
+    for row in rows:
+        seconds = f"{row['compilation_s']:.0f} s" if "compiled" in row["contender"] or "SBX" in row["contender"] else ""
+        ratios = " | ".join(f"{row[name]:.2f}" for name in ("ratio", "collect_ratio", "update_ratio"))
+        lines.append(f"| {row['case']} | {row['contender']} | {row['steps_per_second']:,} | {ratios} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    :param repetitions: turns
+    :return: Pendulum with SB3's defaults and four environments
+    """
+    return case("main", "Pendulum-v1, n_envs 4, batch 64", "Pendulum-v1", repetitions)
+
+
+def grid_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    :param repetitions: turns
+    :return: over environments, numbers of environments and batch sizes, in rollouts of 4,096 steps
+    """
+    rows = []
+    for env in ("Pendulum-v1", "HalfCheetah-v5"):
+        for n_envs in (1, 4, 16):
+            for batch_size in (64, 256, 2048):
+                name = f"{env}, n_envs {n_envs}, batch {batch_size}"
+                options = {"n_envs": n_envs, "n_steps": 4096 // n_envs, "batch_size": batch_size}
+                rows += case("grid", name, env, repetitions, **options)
+    return rows
+
+
+def scale_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    :param repetitions: turns
+    :return: over the width of the networks and the number of actions, in rollouts of 1,024 steps
+    """
+    rows = []
+    options: dict[str, Any] = {"n_envs": 4, "n_steps": 256, "batch_size": 64}
+    names = [name for name in CONTENDERS if "Clip" not in name]
+    for width in (64, 256, 1024):
+        kwargs = {"net_arch": [width, width]}
+        rows += case("scale", f"width {width}", lambda: Still(4), repetitions, names, policy_kwargs=kwargs, **options)
+    for action_dim in (1, 8, 64):
+        rows += case("scale", f"{action_dim} actions", lambda dim=action_dim: Still(dim), repetitions, names, **options)
+        CONTENDERS["PPOPenalty, full covariance"] = (
+            PPOPenalty,
+            {"policy_kwargs": {"covariance": np.eye(action_dim).tolist()}},
+        )
+        full = [*names[:1], "PPOPenalty, full covariance"]
+        rows += case("scale", f"{action_dim} actions", lambda dim=action_dim: Still(dim), repetitions, full, **options)[1:]
+    return rows
+
+
+def peak_memory(contender: str, images: bool) -> float:
+    """
+    :param contender: its name
+    :param images: a rollout of 2,048 x 16 images of 4 x 84 x 84 bytes instead of Pendulum's
+    :return: the largest resident size of a process that collects one rollout and learns from it, in MB
+    """
+    algorithm, options = CONTENDERS[contender]
+    if images:
+        env = make_vec_env(lambda: FakeImageEnv(84, 84, 4, discrete=True), 16, seed=0)
+        # One epoch of large minibatches: the peak is the same after it
+        model = algorithm("CnnPolicy", env, n_epochs=1, batch_size=512, device="cpu", **options)
+    else:
+        model = algorithm("MlpPolicy", make_vec_env("Pendulum-v1", 4), device="cpu", **options)
+    model.learn(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    :param repetitions: not used
+    :return: peak memory, a process of its own for each
+    """
+    rows = []
+    for images in (False, True):
+        stock = 0.0
+        for name in ("stock PPO", "PPOPenalty", "PPOPenalty, compiled"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(peak_memory, (name, images))
+            stock = stock or peak
+            rows.append({"part": "memory", "case": "images" if images else "Pendulum-v1", "contender": name})
+            rows[-1].update(peak_mb=round(peak), ratio=round(peak / stock, 3))
+            print(rows[-1], flush=True)
+    return rows
+
+
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "main": main_part,
+    "grid": grid_part,
+    "scale": scale_part,
+    "memory": memory_part,
+}
+
+
+def report(part: str, rows: Sequence[dict[str, Any]], repetitions: int) -> str:
+    """
+    :param part: name of a part
+    :param rows: of it
+    :param repetitions: turns
+    :return: in Markdown
+    """
+    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, Python {platform.python_version()}"
+    head = f"# Speed: {part}\n\n`python examples/benchmark_speed.py --parts {part} --repetitions {repetitions}`, {versions}, "
+    head += f"{os.cpu_count()} cores ({platform.machine()}), one thread.\n"
+    if part != "memory":
+        return f"{head}Medians of {repetitions} turns; ratios are to stock PPO in the same turn.\n\n{table(rows)}\n"
+    lines = ["| rollout | contender | peak memory | to stock PPO |", "|---|---|---|---|"]
+    lines += [f"| {r['case']} | {r['contender']} | {r['peak_mb']:,} MB | {r['ratio']:.3f} |" for r in rows]
+    return f"{head}\n" + "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: of the command line
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["main"], help="what to measure")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of every contender after the first")
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder for the tables")
+    chosen = parser.parse_args(arguments)
+    th.set_num_threads(1)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    for part in chosen.parts:
+        rows = PARTS[part](chosen.repetitions)
+        text = report(part, rows, chosen.repetitions)
+        (chosen.out / f"{part}.md").write_text(text)
+        with (chosen.out / f"{part}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

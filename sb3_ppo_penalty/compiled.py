@@ -1,0 +1,382 @@
+"""
+The optimizer's step on one minibatch as one compiled graph: loss, gradient, clipping and Adam.
+
+A step is traced once for each kind of minibatch and compiled by ``torch.compile``. It changes the policy's weights and the
+optimizer's own tensors in place, so that the eager step can take over at any time and a saved file knows nothing of it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import _inductor as inductor
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from sb3_ppo_penalty.losses import k3_estimate
+from sb3_ppo_penalty.rollout import Minibatch
+from sb3_ppo_penalty.update import EagerStepper, Evaluate, Settings, Step, Stepper, Terms
+
+#: Takes and returns plain tensors
+Graph = Callable[..., list[th.Tensor]]
+
+
+class AdamOptions(NamedTuple):
+    """
+    Adam's constants; see ``torch.optim.Adam``.
+
+    :param betas: how much of the two means stays at each step
+    :param eps: added to the root of the mean of squares
+    :param weight_decay: share of the weight that is added to its gradient
+    :param decoupled_weight_decay: whether that share times the learning rate is taken from the weight instead, as AdamW does
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+
+    @classmethod
+    def of(cls, optimizer: th.optim.Optimizer) -> "AdamOptions":
+        """
+        :param optimizer: an Adam
+        :return: the constants of its one group
+        """
+        group = optimizer.param_groups[0]
+        return cls(tuple(group["betas"]), group["eps"], group["weight_decay"], group["decoupled_weight_decay"])
+
+
+def adam_step(
+    weight: th.Tensor,
+    gradient: th.Tensor,
+    exp_avg: th.Tensor,
+    exp_avg_sq: th.Tensor,
+    step: th.Tensor,
+    learning_rate: th.Tensor,
+    options: AdamOptions,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1).
+
+    :param weight: any shape
+    :param gradient: same shape
+    :param exp_avg: mean of the gradients so far, same shape
+    :param exp_avg_sq: mean of their squares, same shape
+    :param step: the number of this step, from 1, scalar
+    :param learning_rate: scalar
+    :param options: Adam's constants
+    :return: the new weight and the two new means
+    """
+    beta, beta_sq = options.betas
+    if options.decoupled_weight_decay:
+        weight = weight - learning_rate * options.weight_decay * weight
+    elif options.weight_decay:
+        gradient = gradient + options.weight_decay * weight
+    exp_avg = exp_avg.lerp(gradient, 1 - beta)
+    exp_avg_sq = exp_avg_sq * beta_sq + (1 - beta_sq) * gradient * gradient
+    root = exp_avg_sq.sqrt() / (1 - beta_sq**step).sqrt() + options.eps
+    return weight - learning_rate / (1 - beta**step) * exp_avg / root, exp_avg, exp_avg_sq
+
+
+def why_not(optimizer: th.optim.Optimizer) -> str | None:
+    """
+    :param optimizer: of the policy
+    :return: why its step cannot be part of a graph, or None if it can
+    """
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return f"the optimizer is {type(optimizer).__name__}, not Adam"
+    if len(optimizer.param_groups) > 1:
+        return "the optimizer has more than one group of parameters"
+    unusual = [name for name in ("amsgrad", "maximize", "differentiable") if optimizer.param_groups[0][name]]
+    return f"the optimizer is an Adam with {unusual[0]}" if unusual else None
+
+
+class _Loss(nn.Module):
+    """
+    The loss as a module, because torch exchanges the weights of modules.
+
+    :param policy: whose weights are exchanged
+    :param evaluate: uses that policy
+    """
+
+    def __init__(self, policy: nn.Module, evaluate: Evaluate) -> None:
+        super().__init__()
+        self.policy = policy
+        self.evaluate = evaluate
+
+    def forward(self, batch: Minibatch, settings: Settings) -> Terms:
+        """
+        :param batch: some transitions
+        :param settings: of the loss
+        :return: the loss and its parts
+        """
+        return self.evaluate(batch, settings)
+
+
+class Inputs(NamedTuple):
+    """
+    What a graph reads or writes besides the minibatch.
+
+    :param weights: those that learn, by name
+    :param exp_avg: Adam's mean of the gradients, a tensor per weight
+    :param exp_avg_sq: Adam's mean of their squares, a tensor per weight
+    :param steps: Adam's step counts, shape (number of weights,)
+    :param others: the policy's further tensors by name: buffers, and weights that do not learn
+    :param learning_rate: scalar
+    :param settings: see :class:`~sb3_ppo_penalty.update.EagerStepper`, with scalar tensors in place of floats
+    """
+
+    weights: dict[str, th.Tensor]
+    exp_avg: list[th.Tensor]
+    exp_avg_sq: list[th.Tensor]
+    steps: th.Tensor
+    others: dict[str, th.Tensor]
+    learning_rate: th.Tensor
+    settings: Settings
+
+    @classmethod
+    def of(cls, policy: ActorCriticPolicy, settings: Settings) -> "Inputs":
+        """
+        Gather what stays the same through an update; Adam's state is made where there is none yet.
+
+        :param policy: its optimizer is an Adam
+        :param settings: of one update
+        """
+        group, state = policy.optimizer.param_groups[0], policy.optimizer.state
+        tensors = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+        for weight in learning.values():
+            if not state[weight]:
+                means = {name: th.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                state[weight] = {"step": th.zeros(()), **means}
+        steps = th.stack([state[weight]["step"] for weight in learning.values()]).to(policy.device)
+        for weight, step in zip(learning.values(), steps, strict=True):
+            # A view, so that the graph counts for all weights at once
+            state[weight]["step"] = step
+
+        def scalar(value: float) -> th.Tensor:
+            return th.tensor(value, dtype=th.float32, device=policy.device)
+
+        return cls(
+            weights={name: weight.detach() for name, weight in learning.items()},
+            exp_avg=[state[weight]["exp_avg"] for weight in learning.values()],
+            exp_avg_sq=[state[weight]["exp_avg_sq"] for weight in learning.values()],
+            steps=steps,
+            others={name: tensor for name, tensor in tensors.items() if name not in learning},
+            learning_rate=scalar(group["lr"]),
+            settings={name: scalar(x) if type(x) in (int, float) else x for name, x in settings.items()},
+        )
+
+
+def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions) -> list[th.Tensor]:
+    """
+    Loss, gradient, clipping and Adam, written so that torch can make one graph of them.
+
+    :param inputs: the weights, Adam's means and the step counts are changed in place
+    :param batch: some transitions
+    :param loss: with the policy inside
+    :param options: Adam's constants
+    :return: the terms, the gradient's length, and whether the update ends before this step (it was not made then)
+    """
+    weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
+    exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
+    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings))
+    found: tuple[th.Tensor | None, ...] = th.autograd.grad(terms.loss, list(weights.values()), allow_unused=True)
+    with th.no_grad():
+        norm = nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+        scale = (inputs.settings["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        limit = inputs.settings["stop_kl"]
+        stopped = None if limit is None else k3_estimate(terms.log_ratio) > limit
+        columns = (inputs.weights.values(), inputs.exp_avg, inputs.exp_avg_sq, found, inputs.steps + 1)
+        for weight, exp_avg, exp_avg_sq, gradient, step in zip(*columns, strict=True):
+            if gradient is None:
+                continue
+            old = (weight, exp_avg, exp_avg_sq)
+            new = adam_step(*old[:1], gradient * scale, *old[1:], step, inputs.learning_rate, options)
+            for before, after in zip(old, new, strict=True):
+                before.copy_(after if stopped is None else th.where(stopped, before, after))
+        moved = th.stack([th.full((), float(gradient is not None), device=norm.device) for gradient in found])
+        inputs.steps.add_(moved if stopped is None else moved * ~stopped)
+    # Copies: a term may be a view of a tensor of the policy's
+    record = [term.detach().clone() for term in terms]
+    return [*record, norm] if stopped is None else [*record, norm, stopped]
+
+
+def fixed_tensors(inputs: Inputs, batch: Minibatch) -> list[th.Tensor]:
+    """
+    :param inputs: of a graph
+    :param batch: any of the rollout's
+    :return: the tensors that stay the same from minibatch to minibatch, each of them once
+    """
+    leaves = pytree.tree_leaves((inputs, batch.shared))
+    return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, th.Tensor)}.values())
+
+
+def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions) -> th.fx.GraphModule:
+    """
+    Write down every operation of a step, with tensors that hold no data.
+
+    :param inputs: of the step
+    :param batch: some transitions
+    :param loss: with the policy inside
+    :param options: Adam's constants
+    :return: a module that takes :func:`fixed_tensors` and the columns of a minibatch, and returns what
+        :func:`whole_step` returns
+    """
+    fixed = fixed_tensors(inputs, batch)
+    places = {id(tensor): place for place, tensor in enumerate(fixed)}
+
+    def flat(*tensors: th.Tensor) -> list[th.Tensor]:
+        def given(leaf: Any) -> Any:
+            return tensors[places[id(leaf)]] if isinstance(leaf, th.Tensor) else leaf
+
+        traced, shared = pytree.tree_map(given, (inputs, batch.shared))
+        return whole_step(traced, batch.with_columns(tensors[len(fixed) :], shared), loss, options)
+
+    return make_fx(flat, tracing_mode="fake")(*fixed, *batch.columns)
+
+
+@contextmanager
+def _traceable(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    Let tensors without data pass through a policy, and leave none of them behind.
+
+    :param policy: whose mutable distribution keeps what it was last given
+    """
+    distribution, validates = vars(policy.action_dist), th.distributions.Distribution._validate_args
+    before = distribution.copy()
+    # torch's check of its arguments would ask for their values; what is not finite is found after the update
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(validates)
+        distribution.clear()
+        distribution.update(before)
+
+
+class Compiler:
+    """
+    Makes compiled steps, and keeps their graphs from update to update.
+
+    :param policy: whose weights move
+    :param evaluate: the loss; depends on nothing but that policy, the minibatch and the settings
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate) -> None:
+        self.policy = policy
+        self.loss = _Loss(policy, evaluate)
+        self.graphs: dict[Any, Graph] = {}
+        #: Why there is no compiled step, once that is known
+        self.refusal: str | None = None
+
+    def stepper(self, settings: Settings, batch_size: int) -> Stepper:
+        """
+        :param settings: of one update, see :class:`EagerStepper`
+        :param batch_size: the size to compile for; any other minibatch takes the eager step
+        :return: the compiled step, or the eager one where torch cannot compile it
+        """
+        eager = EagerStepper(self.policy, self.loss.evaluate, settings)
+        if self.refusal is None:
+            reason = why_not(self.policy.optimizer)
+            if reason is None:
+                return CompiledStepper(self, eager, batch_size)
+            self.refuse(reason)
+        return eager
+
+    def refuse(self, reason: str) -> None:
+        """
+        Say once that the step stays eager.
+
+        :param reason: in one line
+        """
+        self.refusal = reason
+        warnings.warn(f"`compile=True` has no effect, training goes on without it: {reason}", RuntimeWarning, stacklevel=2)
+
+    def graph(self, inputs: Inputs, batch: Minibatch) -> tuple[Graph, list[th.Tensor]] | None:
+        """
+        Make a step with the graph for inputs of this kind.
+
+        :param inputs: of the step
+        :param batch: some transitions
+        :return: the graph and what it returned, or None, with the inputs as they were, where torch cannot make one
+        """
+        options = AdamOptions.of(self.policy.optimizer)
+        leaves, structure = pytree.tree_flatten((inputs, batch))
+        kinds = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
+        tensors = [*fixed_tensors(inputs, batch), *batch.columns]
+        key = (str(structure), kinds, options)
+        if key in self.graphs:
+            with th.no_grad():
+                return self.graphs[key], self.graphs[key](*tensors)
+        try:
+            graph = self._compile(inputs, batch, options)
+            with th.no_grad():
+                record = graph(*tensors)
+        # Whatever torch's tracer, its compiler or the machine's C++ compiler stumbles over in a policy of the user's
+        except Exception as error:
+            self.refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+            return None
+        self.graphs[key] = graph
+        return graph, record
+
+    def _compile(self, inputs: Inputs, batch: Minibatch, options: AdamOptions) -> Graph:
+        """
+        :param inputs: of the step
+        :param batch: some transitions
+        :param options: Adam's constants
+        :return: the graph, compiled at its first call
+        """
+        with _traceable(self.policy):
+            traced = trace(inputs, batch, self.loss, options)
+        compiled: Graph
+        if self.policy.device.type == "cuda":
+            # Launched as one CUDA graph
+            compiled = th.compile(traced, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        else:
+            # Straight to the compiler behind `torch.compile`: nothing is left to find out, and nothing to check at each call
+            with th.no_grad():
+                examples: list[Any] = [*fixed_tensors(inputs, batch), *batch.columns]
+                compiled = inductor.compile(traced, examples, {"size_asserts": False})
+        return compiled
+
+
+class CompiledStepper:
+    """
+    The whole step as one graph.
+
+    :param compiler: keeps the graphs
+    :param eager: for minibatches of another size, such as the last of an epoch, and where torch makes no graph
+    :param batch_size: the size to compile for
+    """
+
+    def __init__(self, compiler: Compiler, eager: EagerStepper, batch_size: int) -> None:
+        self.compiler = compiler
+        self.eager = eager
+        self.batch_size = batch_size
+        self.inputs = Inputs.of(compiler.policy, eager.settings)
+        self.graph: Graph | None = None
+        self.fixed: list[th.Tensor] = []
+
+    def __call__(self, batch: Minibatch) -> Step:
+        """
+        :param batch: some transitions
+        :return: what came of it
+        """
+        if len(batch.actions) != self.batch_size or self.compiler.refusal is not None:
+            return self.eager(batch)
+        if self.graph is None:
+            made = self.compiler.graph(self.inputs, batch)
+            if made is None:
+                return self.eager(batch)
+            self.graph, record = made
+            self.fixed = fixed_tensors(self.inputs, batch)
+        else:
+            with th.no_grad():
+                record = self.graph(*self.fixed, *batch.columns)
+        count = len(Terms._fields)
+        return Step(Terms(*record[:count]), record[count], stopped=len(record) > count + 1 and bool(record[-1]))

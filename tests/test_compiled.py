@@ -1,0 +1,156 @@
+"""The compiled step: the same weights as the eager one, SB3's own files, and a plain word where it cannot be had."""
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+
+from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.compiled import AdamOptions, adam_step
+
+SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
+TINY = {"net_arch": [16]}
+
+
+def made(algorithm, compile: bool = False, env: str = "Pendulum-v1", policy="MlpPolicy", **options):
+    return algorithm(policy, env, compile=compile, **{**SMALL, "policy_kwargs": TINY, **options})
+
+
+def trained(model, updates: int = 3):
+    return model.learn(updates * model.n_steps, reset_num_timesteps=False)
+
+
+def distance(model, other) -> float:
+    """The largest difference of a weight, relative to the largest weight of its tensor."""
+    pairs = zip(model.policy.parameters(), other.policy.parameters(), strict=True)
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
+
+
+CASES = {
+    "penalty": (PPOPenalty, {}),
+    "penalty, everything": (
+        PPOPenalty,
+        {"clip_range": lambda p: 0.1 + 0.1 * p, "clip_range_vf": 0.2, "ent_coef": 0.01, "learning_rate": lambda p: 1e-3 * p}
+        | {"policy_kwargs": {**TINY, "learn_covariance": True, "optimizer_kwargs": {"weight_decay": 0.01}}},
+    ),
+    "penalty, full covariance": (
+        PPOPenalty,
+        {"env": "Reacher-v5", "policy_kwargs": {**TINY, "covariance": [[0.5, 0.1], [0.1, 0.3]]}},
+    ),
+    "penalty, Discrete": (PPOPenalty, {"env": "CartPole-v1"}),
+    "clip, early stop": (PPOClip, {"target_kl": 0.0005, "learning_rate": 1e-3, "n_epochs": 6}),
+    "clip, ragged, gSDE": (PPOClip, {"batch_size": 20, "use_sde": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_eager_step(case: str) -> None:
+    algorithm, options = CASES[case]
+    start = made(algorithm, **options)
+    # Each is trained as soon as it is made: its seed is that of the whole process
+    eager, compiled = (trained(made(algorithm, compile, **options)) for compile in (False, True))
+    assert distance(start, eager) > 1e-2
+    assert distance(eager, compiled) < 1e-4
+    # One graph, whatever the schedules did and although an epoch's last minibatch may be smaller
+    assert eager._compiler is None
+    assert len(compiled._compiler.graphs) == 1
+    assert compiled._n_updates == eager._n_updates
+    assert (eager._n_updates < 3 * 6) == (case == "clip, early stop") or eager._n_updates == 9
+    for name, value in eager.logger.name_to_value.items():
+        if name.startswith("train/"):
+            assert compiled.logger.name_to_value[name] == pytest.approx(value, rel=2e-2, abs=1e-5), name
+    # PyTorch's own format: what the eager optimizer holds, weight by weight
+    states = (model.policy.optimizer.state_dict()["state"] for model in (eager, compiled))
+    for ours, theirs in zip(*(state.values() for state in states), strict=True):
+        assert ours["step"].item() == theirs["step"].item() > 0
+        for mean in ("exp_avg", "exp_avg_sq"):
+            scale = ours[mean].abs().max().item()
+            th.testing.assert_close(ours[mean] / scale, theirs[mean] / scale, rtol=0, atol=1e-3)
+
+
+def test_files_know_nothing_of_it(tmp_path) -> None:
+    """Saved from either, loaded into either, and into stock PPO: training goes on as if nothing had happened."""
+    options = {"policy": ActorCriticPolicy}
+    eager, compiled = (trained(made(PPOClip, compile, **options)) for compile in (False, True))
+    for model, name in ((eager, "eager"), (compiled, "compiled")):
+        model.save(tmp_path / name)
+    continued = {}
+    for name in ("eager", "compiled"):
+        for compile in (False, True):
+            model = PPOClip.load(tmp_path / name, env=gym.make("Pendulum-v1"), compile=compile, device="cpu")
+            assert model.compile is compile
+            continued[name, compile] = trained(model, 1)
+            assert (model._compiler is not None) == compile
+    stock = PPO.load(tmp_path / "compiled", env=gym.make("Pendulum-v1"), device="cpu")
+    assert distance(stock, compiled) == 0
+    trained(stock, 1)
+    for model in continued.values():
+        assert distance(compiled, model) > 1e-3
+        assert distance(stock, model) < 1e-4
+
+
+class Undecided(FlattenExtractor):
+    """Looks at the data to know what to do, which no graph can hold."""
+
+    def forward(self, observations):
+        features = super().forward(observations)
+        return features if features.sum() > 0 else 0.5 * features
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "reason"),
+    [
+        ({**TINY, "features_extractor_class": Undecided}, "compile=True.*DataDependent"),
+        ({**TINY, "optimizer_class": th.optim.RMSprop}, "compile=True.*RMSprop, not Adam"),
+        ({**TINY, "optimizer_kwargs": {"amsgrad": True}}, "compile=True.*Adam with amsgrad"),
+    ],
+    ids=["policy", "optimizer", "option of Adam"],
+)
+def test_what_cannot_be_compiled_trains_eagerly_and_says_so(policy_kwargs, reason: str) -> None:
+    eager = trained(made(PPOPenalty, policy_kwargs=policy_kwargs))
+    compiled = made(PPOPenalty, compile=True, policy_kwargs=policy_kwargs)
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        trained(compiled)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    assert distance(eager, compiled) == 0
+    # Nothing of the attempt stays behind: no tensor without data in the policy
+    held = [value for value in vars(compiled.policy.action_dist).values() if isinstance(value, th.Tensor)]
+    assert held
+    assert all(type(value) is th.Tensor for value in held)
+
+
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.AdamW])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_step_is_torchs_adam(optimizer, weight_decay: float) -> None:
+    generator = th.Generator().manual_seed(0)
+    weight = th.randn(7, 3, dtype=th.float64, generator=generator, requires_grad=True)
+    adam = optimizer([weight], lr=0.03, betas=(0.8, 0.95), eps=1e-5, weight_decay=weight_decay)
+    ours, means = weight.detach().clone(), (th.zeros_like(weight), th.zeros_like(weight))
+    for step in range(1, 6):
+        weight.grad = th.randn(7, 3, dtype=th.float64, generator=generator)
+        count, rate = (th.tensor(x, dtype=th.float64) for x in (step, 0.03))
+        ours, *means = adam_step(ours, weight.grad, *means, count, rate, AdamOptions.of(adam))
+        adam.step()
+        th.testing.assert_close(ours, weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_failed_compiled_update_is_undone() -> None:
+    model = trained(made(PPOPenalty, compile=True), 1)
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    moments = [state["exp_avg"].clone() for state in model.policy.optimizer.state.values()]
+    model.learning_rate = 1e30
+    model._setup_lr_schedule()
+    with pytest.raises(FloatingPointError, match="The update was undone"):
+        trained(model, 1)
+    assert all(th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+    restored = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
+    assert all(th.equal(old, new) for old, new in zip(moments, restored, strict=True))
+    model.learning_rate = 3e-4
+    model._setup_lr_schedule()
+    trained(model, 1)
+    assert len(model._compiler.graphs) == 1
+    assert any(not th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
