@@ -16,9 +16,10 @@ SB3 = "stable_baselines3"
 LAW = {
     "version": set(),
     "arguments": set(),
-    "kl_control": set(),
+    "kl_control": {"arguments"},
     "losses": {"torch"},
     "divergence": {"torch", SB3},
+    "kl_penalty": {"torch", "arguments", "losses", "divergence"},
     "distributions": {"torch", "numpy", SB3},
     "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
     "rollout": {"torch", "numpy", "gymnasium", SB3},
