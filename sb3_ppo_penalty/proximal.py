@@ -185,7 +185,6 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("ent_coef", self.ent_coef, 0)
         require_number("vf_coef", self.vf_coef, 0)
         require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True, infinite=True)
-        require_number("target_kl", self.target_kl, 0, open_below=True, optional=True)
         require_integer("stats_window_size", self._stats_window_size, 1)
         self._check_rollout()
 
