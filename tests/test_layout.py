@@ -25,8 +25,8 @@ LAW = {
     "rollout": {"torch", "numpy", "gymnasium", SB3},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout"},
-    "ppo_penalty": {"torch", SB3, "arguments", "losses", "divergence", "kl_control", "proximal", "rollout"},
-    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout"},
+    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {
