@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_penalty import losses
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
-from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
@@ -234,6 +234,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         if not getattr(rollout_buffer, "bootstrap_timeouts", True):
             env = IgnoreTimeLimits(env)
+        if isinstance(self.policy, FixedCovarianceMixin):
+            self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
