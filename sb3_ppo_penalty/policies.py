@@ -67,13 +67,13 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
         self._requested_covariance = covariance
+        self._waits_for_progress = callable(covariance)
         if covariance is None and "log_std_init" in kwargs:
             with np.errstate(over="ignore"):
                 self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
             if not 0 < self._requested_covariance < np.inf:
                 raise ValueError(f"`log_std_init` must give a positive finite spread, got {kwargs['log_std_init']!r}")
         self._covariance_is_asked_for = covariance is not None or learn_covariance
-        self._waits_for_progress = callable(covariance)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     @property
@@ -171,12 +171,15 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         super().set_training_mode(mode)
 
     def _work_out_constants(self) -> None:
-        """Derive from the covariance what every call needs."""
-        for name, constant in GaussianConstants.of(self.covariance)._asdict().items():
-            self.register_buffer(f"_{name}", constant, persistent=False)
+        """Derive from the covariance what every call needs; what does not change stays the very same tensor."""
+        constants = {f"_{name}": constant for name, constant in GaussianConstants.of(self.covariance)._asdict().items()}
         variances = self.covariance if self.covariance.dim() == 1 else self.covariance.diagonal()
         # Of each dimension by itself: SB3 logs the mean of its exponential as train/std
-        self.register_buffer("log_std", 0.5 * variances.log(), persistent=False)
+        constants["log_std"] = 0.5 * variances.log()
+        for name, constant in constants.items():
+            known = getattr(self, name, None)
+            if known is None or not th.equal(known, constant):
+                self.register_buffer(name, constant, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Let the constants follow a covariance that was loaded."""

@@ -185,6 +185,21 @@ def test_another_covariance_can_be_loaded(before, after):
     assert all(th.equal(*pair) for pair in zip(policy(observations()), expected, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_constants_are_other_tensors_only_if_they_have_changed(form):
+    """Whoever kept one, as the frozen old policy does, finds it unchanged, and in use as long as nothing has changed."""
+    policy = make(covariance=FORMS[form])
+    before = {name: tensor for name, tensor in policy.named_buffers() if name != "covariance"}
+    kept = [tensor.clone() for tensor in before.values()]
+    policy.load_state_dict(policy.state_dict())
+    assert all(tensor is before[name] for name, tensor in policy.named_buffers() if name in before)
+    state = {**policy.state_dict(), "covariance": 4 * policy.covariance}
+    policy.load_state_dict(state)
+    assert not any(tensor is before[name] for name, tensor in policy.named_buffers() if name in before)
+    check_density(policy, 4 * MATRICES[form])
+    assert all(th.equal(*pair) for pair in zip(before.values(), kept, strict=True))
+
+
 def test_another_full_covariance_can_be_loaded():
     policy = make(covariance=np.eye(3))
     policy.load_state_dict(make(covariance=FULL).state_dict())
