@@ -1,5 +1,7 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
+from sb3_ppo_penalty.kl_control import DualAscent, KLController, KLReading, Proportional
+from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.ppo_clip import DOCUMENT_RECIPE, PPOClip
 from sb3_ppo_penalty.ppo_penalty import PPOPenalty
@@ -9,10 +11,15 @@ from sb3_ppo_penalty.version import __version__
 __all__ = [
     "DOCUMENT_RECIPE",
     "CnnPolicy",
+    "DualAscent",
+    "KLController",
+    "KLPenalty",
+    "KLReading",
     "MlpPolicy",
     "MultiInputPolicy",
     "PPOClip",
     "PPOPenalty",
+    "Proportional",
     "RewardToGoDictRolloutBuffer",
     "RewardToGoRolloutBuffer",
     "__version__",

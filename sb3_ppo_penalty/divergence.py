@@ -127,7 +127,8 @@ def kl_categorical(*logits: th.Tensor) -> th.Tensor:
     for old, new in zip(logits[:count], logits[count:], strict=True):
         log_p, new_log_p = th.log_softmax(old, dim=-1), th.log_softmax(new, dim=-1)
         p = log_p.exp()
-        terms.append(th.where(p > 0, p * (log_p - new_log_p), 0.0).sum(dim=-1))
+        # Inside the product: minus infinity minus itself has no gradient that a factor of 0 could take away
+        terms.append((p * th.where(p > 0, log_p - new_log_p, 0.0)).sum(dim=-1))
     return th.stack(terms).sum(dim=0)
 
 
@@ -215,3 +216,29 @@ def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     if kinds[0] != kinds[1]:
         raise ValueError(f"cannot compare {kinds[0][0]} of {kinds[0][1]} tensors with {kinds[1][0]} of {kinds[1][1]}")
     return old.divergence(*old.per_state, *old.shared, *new.per_state, *new.shared)
+
+
+#: Which divergence a direction stands for
+DIRECTIONS: dict[str, Callable[[ActionParameters, ActionParameters], th.Tensor]] = {
+    "old_new": kl_divergence,
+    "new_old": lambda old, new: kl_divergence(new, old),
+    "symmetric": lambda old, new: 0.5 * (kl_divergence(old, new) + kl_divergence(new, old)),
+}
+
+
+def directed_divergence(old: ActionParameters, new: ActionParameters, direction: str) -> th.Tensor:
+    """
+    The divergence in every state, one way, the other way, or both.
+
+    ``"old_new"`` is KL(old || new), the document's and the paper's: it is large where the new policy no longer does what the
+    old one did. ``"new_old"`` is KL(new || old): it is large where the new policy does what the old one hardly ever did
+    (modular_rl's ``reverse_kl``; mirror descent, https://arxiv.org/abs/2005.09814). ``"symmetric"`` is the mean of the two,
+    half of Jeffreys' divergence (their sum): for small steps all three agree, and a coefficient or a target means the same.
+
+    :param old: the policy that acted
+    :param new: the policy being trained, in the same states
+    :param direction: a name of :data:`DIRECTIONS`
+    :return: shape (batch,), in nats
+    :raises ValueError: if the two are not of the same kind
+    """
+    return DIRECTIONS[direction](old, new)

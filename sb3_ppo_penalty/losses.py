@@ -78,6 +78,26 @@ def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float
     return th.min(advantages * ratio, advantages * clipped).mean()
 
 
+def truncate_ratio(ratio: th.Tensor, advantages: th.Tensor, max_ratio: float) -> th.Tensor:
+    """
+    Take from a few large ratios their rule over the surrogate: ``min(r, c)`` where ``A > 0``, ``rho(r)`` elsewhere.
+
+    ``rho(r) = r`` up to c and ``c (1 + log(r / c))`` beyond, whose gradient is ``min(r, c)`` times that of ``log pi``: the
+    truncated importance weight of V-trace and ACER (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561; Wang et al. 2017,
+    https://arxiv.org/abs/1611.01224). So no state weighs more than ``c |A|``, and the sign decides what is left of it, as in
+    the clip: an action that is better than expected and c times as likely already has nothing more to gain (with its weight
+    left at c it would be driven on, away from the data, in every epoch), one that is worse than expected is still pushed
+    back. ``min(r, c)`` for both signs (https://arxiv.org/abs/1912.09729) would leave it where it went, but for the penalty.
+
+    :param ratio: importance ratio, shape (batch,)
+    :param advantages: shape (batch,)
+    :param max_ratio: c, above 1
+    :return: what stands for the ratio in a surrogate, shape (batch,), no unit
+    """
+    beyond = max_ratio * (1 + th.log(ratio.clamp(min=max_ratio) / max_ratio))
+    return th.where(ratio <= max_ratio, ratio, th.where(advantages > 0, max_ratio, beyond))
+
+
 def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float | th.Tensor) -> th.Tensor:
     """
     The objective of PPO-penalty: ``J - beta * mean(KL(old || new))``, to be maximised.
@@ -90,6 +110,27 @@ def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float | th
     :return: scalar, in the unit of the objective
     """
     return objective - kl_coef * kl.mean()
+
+
+#: From which multiple of the target on the quadratic cutoff costs something: modular_rl's
+CUTOFF_MULTIPLE = 2.0
+
+
+def quadratic_cutoff(kl: th.Tensor, target_kl: float | th.Tensor, per_state: bool) -> th.Tensor:
+    """
+    What grows steeply where the policy leaves the neighbourhood of the old one, and is exactly 0 inside of it.
+
+    ``max(0, mean(KL) - 2 d)^2``, or per state ``mean(max(0, KL_s - 2 d)^2)``: the first sees no state that goes far as long
+    as the others stay. Source: J. Schulman, modular_rl, https://github.com/joschu/modular_rl (``ppo.py``; its coefficient is
+    1000, its mean is the minibatch's).
+
+    :param kl: exact divergence in each state, in nats, shape (batch,)
+    :param target_kl: d, in nats
+    :param per_state: whether each state is held by itself
+    :return: scalar, in squared nats
+    """
+    excess = (kl if per_state else kl.mean()) - CUTOFF_MULTIPLE * target_kl
+    return th.relu(excess).square().mean()
 
 
 def value_loss(

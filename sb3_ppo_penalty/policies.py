@@ -1,6 +1,7 @@
 """SB3's actor-critic policies with a Gaussian whose covariance does not learn (the document, section 5)."""
 
 import inspect
+import warnings
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,13 @@ class FixedCovarianceMixin(ActorCriticPolicy):
     :param args: SB3's further arguments, in SB3's order
     :param covariance: S: one variance for all action dimensions, one per dimension, or a symmetric positive-definite
         matrix of shape (action_dim, action_dim), in the squared unit of the action. Default: 0.5, the document's; or
-        ``exp(2 * log_std_init)`` where SB3's ``log_std_init`` is given instead
+        ``exp(2 * log_std_init)`` where SB3's ``log_std_init`` is given instead. A schedule, as ``learning_rate`` may be, is
+        asked before each rollout with the remaining progress, which goes from 1 to 0, and returns any of these: see
+        :meth:`update_covariance`
     :param learn_covariance: start at ``covariance`` (variances only) and learn SB3's ``log_std`` from there
     :param kwargs: SB3's further arguments by name
     :raises ValueError: for a covariance of the wrong shape, not positive definite or not finite, and for one given together
-        with ``use_sde``, ``log_std_init`` or an action space that is not a Box
+        with ``use_sde``, ``log_std_init`` or an action space that is not a Box; a schedule is asked for both ends
     """
 
     covariance: th.Tensor
@@ -65,6 +68,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
         self._requested_covariance = covariance
+        self._waits_for_progress = callable(covariance)
         if covariance is None and "log_std_init" in kwargs:
             with np.errstate(over="ignore"):
                 self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
@@ -95,9 +99,10 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             super()._build(lr_schedule)
             return
         action_dim = get_action_dim(self.action_space)
-        requested = DEFAULT_VARIANCE if self._requested_covariance is None else self._requested_covariance
-        covariance = covariance_tensor(requested, action_dim)
+        covariance = self._covariance_at(1.0)
         if self.learn_covariance:
+            if callable(self._requested_covariance):
+                raise ValueError("`covariance` must be no schedule with `learn_covariance`: it is where learning starts")
             if covariance.dim() == 2:
                 raise ValueError("`covariance` must be given as variances with `learn_covariance`: only a diagonal learns")
             super()._build(lr_schedule)
@@ -108,14 +113,77 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         self.register_buffer("log_std", None, persistent=False)
         super()._build(lr_schedule)
         self._work_out_constants()
+        self._check_shape(self._covariance_at(0.0))
+
+    def _covariance_at(self, progress_remaining: float) -> th.Tensor:
+        """
+        :param progress_remaining: from 1 to 0
+        :return: what was asked for, or the schedule's answer, checked
+        :raises ValueError: if that is no covariance
+        """
+        requested = DEFAULT_VARIANCE if self._requested_covariance is None else self._requested_covariance
+        action_dim = get_action_dim(self.action_space)
+        if not callable(requested):
+            return covariance_tensor(requested, action_dim)
+        try:
+            return covariance_tensor(requested(progress_remaining), action_dim)
+        except ValueError as error:
+            raise ValueError(f"{error} (the schedule's answer at a remaining progress of {progress_remaining:g})") from error
+
+    def _check_shape(self, covariance: th.Tensor) -> None:
+        """
+        :param covariance: of a schedule
+        :raises ValueError: if it is a matrix where its first answer was variances, or the other way round
+        """
+        if covariance.shape != self.covariance.shape:
+            shapes = f"{tuple(covariance.shape)} after {tuple(self.covariance.shape)}"
+            raise ValueError(f"`covariance` must be a schedule of one shape, got {shapes}")
+
+    def update_covariance(self, progress_remaining: float) -> None:
+        """
+        Take the covariance that the schedule has for this moment; where ``covariance`` is no schedule, do nothing.
+
+        This package's algorithms call it before each rollout, so that the covariance is the same during the rollout and the
+        update made of it. With another algorithm call it in a callback's ``_on_rollout_start``. What ``policy.save`` keeps is
+        the covariance of the moment; ``model.save`` also keeps the schedule.
+
+        :param progress_remaining: from 1 to 0
+        :raises ValueError: if the schedule's answer is no covariance
+        """
+        if not callable(self._requested_covariance):
+            return
+        self._waits_for_progress = False
+        covariance = self._covariance_at(progress_remaining)
+        self._check_shape(covariance)
+        self.covariance.copy_(covariance)
+        self._work_out_constants()
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        As in SB3; warns if training begins and nobody has told the schedule how far it is.
+
+        :param mode: whether the policy is about to be trained
+        """
+        if mode and self._waits_for_progress:
+            self._waits_for_progress = False
+            warnings.warn(
+                "`covariance` is a schedule, but this algorithm does not follow it: it stays at its first value. Take "
+                "PPOPenalty or PPOClip, or call `policy.update_covariance` from a callback before each rollout",
+                UserWarning,
+                stacklevel=2,
+            )
+        super().set_training_mode(mode)
 
     def _work_out_constants(self) -> None:
-        """Derive from the covariance what every call needs."""
-        for name, constant in GaussianConstants.of(self.covariance)._asdict().items():
-            self.register_buffer(f"_{name}", constant, persistent=False)
+        """Derive from the covariance what every call needs; what does not change stays the very same tensor."""
+        constants = {f"_{name}": constant for name, constant in GaussianConstants.of(self.covariance)._asdict().items()}
         variances = self.covariance if self.covariance.dim() == 1 else self.covariance.diagonal()
         # Of each dimension by itself: SB3 logs the mean of its exponential as train/std
-        self.register_buffer("log_std", 0.5 * variances.log(), persistent=False)
+        constants["log_std"] = 0.5 * variances.log()
+        for name, constant in constants.items():
+            known = getattr(self, name, None)
+            if known is None or not th.equal(known, constant):
+                self.register_buffer(name, constant, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Let the constants follow a covariance that was loaded."""

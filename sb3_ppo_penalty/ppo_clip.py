@@ -5,7 +5,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_ppo_penalty.arguments import require
+from sb3_ppo_penalty.arguments import require, require_number
 from sb3_ppo_penalty.losses import clipped_surrogate
 from sb3_ppo_penalty.proximal import ProximalAlgorithm
 from sb3_ppo_penalty.rollout import Minibatch, RewardToGoRolloutBuffer
@@ -30,6 +30,7 @@ class PPOClip(ProximalAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        require_number("target_kl", self.target_kl, 0, open_below=True, optional=True)
         require(self.clip_range is not None, "clip_range", self.clip_range, "a number or a schedule")
 
     def _settings(self) -> Settings:

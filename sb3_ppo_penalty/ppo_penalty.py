@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -10,9 +11,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_penalty.arguments import require, require_number
-from sb3_ppo_penalty.divergence import kl_divergence
-from sb3_ppo_penalty.kl_control import clamp, kl_thresholds, next_kl_coef
-from sb3_ppo_penalty.losses import clipped_surrogate, penalized_surrogate, surrogate
+from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
+from sb3_ppo_penalty.kl_penalty import KLPenalty
+from sb3_ppo_penalty.losses import clipped_surrogate, surrogate
 from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm, passed_on
 from sb3_ppo_penalty.rollout import Minibatch
 from sb3_ppo_penalty.update import Settings
@@ -31,7 +32,8 @@ class PPOPenalty(ProximalAlgorithm):
 
     Maximises ``J(theta) = E[r A] - kl_coef * KL(pi_old || pi)`` with the exact divergence, in nats, summed over action
     dimensions and averaged over states. After the last epoch the divergence over the whole rollout is measured with the new
-    policy: above ``kl_max`` the coefficient is multiplied by ``kl_coef_factor``, below ``kl_min`` divided by it.
+    policy: above ``kl_max`` the coefficient is multiplied by ``kl_coef_factor``, below ``kl_min`` divided by it. Both the rule
+    (``kl_controller``) and what is charged (``kl_penalty``) can be exchanged.
 
     At the old policy the penalty's gradient is exactly 0: with one epoch of a single minibatch it cannot act.
 
@@ -39,7 +41,8 @@ class PPOPenalty(ProximalAlgorithm):
 
     :param clip_range: None (default): the ratio is not clipped. A number or a schedule clips it in addition to the penalty
     :param target_kl: the divergence to aim at, in nats: 0.01, the paper's. It does not stop an update. None, which is PPO's
-        default, stands for 0.01 too, so that PPO's arguments can be passed as they are
+        default, stands for 0.01 too, so that PPO's arguments can be passed as they are. A number, or a schedule like
+        ``clip_range``, as are ``kl_min`` and ``kl_max``
 
     It adds:
 
@@ -47,8 +50,15 @@ class PPOPenalty(ProximalAlgorithm):
         attribute of this name is the live coefficient; ``save`` keeps it
     :param kl_min: in nats; default: the paper's ``target_kl / 1.5``
     :param kl_max: in nats; default: the paper's ``1.5 * target_kl``
-    :param kl_coef_factor: by how much the coefficient moves; default: the paper's 2
+    :param kl_coef_factor: by how much the coefficient moves, with a ``kl_controller`` other than the document's at most;
+        default: the paper's 2
     :param kl_coef_bounds: ``(lowest, highest)`` coefficient. Two equal numbers keep it fixed
+    :param kl_controller: how the coefficient follows the divergence: ``"document"`` (default), ``"fixed"``,
+        ``"proportional"``, ``"dual"``; a dict with that ``name`` and the controller's own parameters; or anything that takes a
+        :class:`~sb3_ppo_penalty.kl_control.KLReading` and returns the next coefficient. See
+        :mod:`~sb3_ppo_penalty.kl_control`. A copy is kept, and saved with all that it remembers
+    :param kl_penalty: what is charged: a :class:`~sb3_ppo_penalty.kl_penalty.KLPenalty`, a dict of its fields, or the name
+        of a direction; default: the document's KL(old || new) and nothing else
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
@@ -72,7 +82,7 @@ class PPOPenalty(ProximalAlgorithm):
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
-        target_kl: float | None = PAPER_TARGET_KL,
+        target_kl: float | Schedule | None = PAPER_TARGET_KL,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -83,10 +93,12 @@ class PPOPenalty(ProximalAlgorithm):
         *,
         compile: bool = False,
         kl_coef: float = 1.0,
-        kl_min: float | None = None,
-        kl_max: float | None = None,
+        kl_min: float | Schedule | None = None,
+        kl_max: float | Schedule | None = None,
         kl_coef_factor: float = 2.0,
         kl_coef_bounds: tuple[float, float] = DEFAULT_KL_COEF_BOUNDS,
+        kl_controller: str | Mapping[str, Any] | KLController = "document",
+        kl_penalty: str | Mapping[str, Any] | KLPenalty = "old_new",
     ) -> None:
         inherited = passed_on(ProximalAlgorithm.__init__, locals())
         # Here and not in `_setup_model`, which `load` calls after it has restored them
@@ -95,6 +107,8 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_max = kl_max
         self.kl_coef_factor = kl_coef_factor
         self.kl_coef_bounds = kl_coef_bounds
+        self.kl_controller = make_controller(kl_controller)
+        self.kl_penalty = KLPenalty.of(kl_penalty)
         self._saturated_updates = 0
         super().__init__(**inherited)
 
@@ -107,44 +121,97 @@ class PPOPenalty(ProximalAlgorithm):
         require_number("kl_coef_bounds", bounds[1], bounds[0])
         require_number("kl_coef", self.kl_coef, *bounds)
         require_number("kl_coef_factor", self.kl_coef_factor, 1, open_below=True)
-        require_number("kl_min", self.kl_min, 0, optional=True)
-        require_number("kl_max", self.kl_max, 0, open_below=True, optional=True)
-        low, high = self.kl_thresholds
-        wrong = "kl_max" if self.kl_min is None else "kl_min"
-        require(low <= high, wrong, (low, high), "such that kl_min <= kl_max")
+        require_number("target_kl", self.target_kl, 0, open_below=True, optional=True, schedule=True)
+        require_number("kl_min", self.kl_min, 0, optional=True, schedule=True)
+        require_number("kl_max", self.kl_max, 0, open_below=True, optional=True, schedule=True)
+        for progress in (1.0, 0.0):
+            self._aims(progress)
+        # What `load` was given
+        self.kl_controller = make_controller(self.kl_controller)
+        self.kl_penalty = KLPenalty.of(self.kl_penalty)
         # Plain Python: JSON in the saved file, which turns tuples into lists
         self.kl_coef_bounds = (float(bounds[0]), float(bounds[1]))
         self.kl_coef = float(self.kl_coef)
 
+    def _aims(self, progress: float) -> tuple[float, float, float]:
+        """
+        Ask the schedules, and check what they answer.
+
+        :param progress: remaining, from 1 to 0
+        :return: target, lower and upper threshold, in nats
+        :raises ValueError: naming the schedule and the progress
+        """
+        target, kl_min, kl_max = (self._number_at(name, progress) for name in ("target_kl", "kl_min", "kl_max"))
+        target = PAPER_TARGET_KL if target is None else target
+        low, high = kl_thresholds(target, kl_min, kl_max)
+        require(low <= high, "kl_max" if kl_min is None else "kl_min", (low, high), "such that kl_min <= kl_max")
+        return target, low, high
+
+    def _number_at(self, name: str, progress: float) -> float | None:
+        """
+        :param name: of an argument that may be a schedule
+        :param progress: remaining, from 1 to 0
+        :return: its value then
+        :raises ValueError: naming the schedule and the progress, for an answer that is not a number of at least 0
+        """
+        value: float | Schedule | None = getattr(self, name)
+        if not callable(value):
+            return value
+        number = value(progress)
+        # 0, which a number must not be, is where schedules end
+        require_number(f"{name}({progress:g})", number, 0)
+        return float(number)
+
+    @property
+    def kl_target(self) -> float:
+        """``target_kl`` in force, in nats."""
+        return self._aims(self._current_progress_remaining)[0]
+
     @property
     def kl_thresholds(self) -> tuple[float, float]:
         """``(kl_min, kl_max)`` in force, in nats."""
-        target = PAPER_TARGET_KL if self.target_kl is None else self.target_kl
-        return kl_thresholds(target, self.kl_min, self.kl_max)
+        return self._aims(self._current_progress_remaining)[1:]
 
     def _settings(self) -> Settings:
-        return {**super()._settings(), "kl_coef": self.kl_coef}
+        # A plain float, so that a compiled graph takes it as a number
+        own = {"kl_coef": float(self.kl_coef), "target_kl": self.kl_target, "kl_penalty": self.kl_penalty}
+        return {**super()._settings(), **own}
 
     def _policy_objective(
         self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
     ) -> tuple[th.Tensor, th.Tensor]:
-        clip_range = settings["clip_range"]
+        clip_range, penalty = settings["clip_range"], settings["kl_penalty"]
+        ratio = penalty.bounded(ratio, advantages)
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
-        kl = kl_divergence(batch.old, self._current_parameters(batch.observations))
-        return objective, penalized_surrogate(objective, kl, settings["kl_coef"])
+        kl = penalty.divergence(batch.old, self._current_parameters(batch.observations))
+        return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
 
     def _after_update(self, drift: Drift) -> None:
-        low, high = self.kl_thresholds
-        wanted = next_kl_coef(self.kl_coef, drift.kl, low, high, self.kl_coef_factor)
+        target, low, high = self._aims(self._current_progress_remaining)
+        reading = KLReading(float(self.kl_coef), drift.kl, target, low, high, self.kl_coef_factor)
+        wanted = self._wanted_kl_coef(reading)
         granted = clamp(wanted, self.kl_coef_bounds)
-        change = (granted > self.kl_coef) - (granted < self.kl_coef)
-        if not math.isfinite(drift.kl):
-            warnings.warn(f"KL(old || new) is {drift.kl}: `kl_coef` stays at {self.kl_coef:g}", RuntimeWarning, stacklevel=2)
+        change = (granted > reading.kl_coef) - (granted < reading.kl_coef)
         self._watch_saturation(saturated=granted != wanted)
         self.kl_coef = granted
-        figures = {"kl_coef": granted, "kl_coef_change": change, "kl_min": low, "kl_max": high}
+        figures = {"kl_coef": granted, "kl_coef_change": change, "target_kl": target, "kl_min": low, "kl_max": high}
         for name, figure in figures.items():
             self.logger.record(f"train/{name}", figure)
+
+    def _wanted_kl_coef(self, reading: KLReading) -> float:
+        """
+        :param reading: of the update that was just made
+        :return: what the controller asks for; the coefficient as it is where the divergence says nothing
+        :raises ValueError: if that is not a number
+        """
+        if not math.isfinite(reading.kl):
+            warnings.warn(
+                f"KL(old || new) is {reading.kl}: `kl_coef` stays at {reading.kl_coef:g}", RuntimeWarning, stacklevel=2
+            )
+            return reading.kl_coef
+        wanted = self.kl_controller(reading)
+        require_number("kl_controller(reading)", wanted, infinite=True)
+        return float(wanted)
 
     def _watch_saturation(self, saturated: bool) -> None:
         """

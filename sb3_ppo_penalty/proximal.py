@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_penalty import losses
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
-from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
 from sb3_ppo_penalty.update import EagerStepper, Settings, Step, Stepper, Terms, minibatch_mean
 
@@ -181,7 +181,6 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("ent_coef", self.ent_coef, 0)
         require_number("vf_coef", self.vf_coef, 0)
         require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True, infinite=True)
-        require_number("target_kl", self.target_kl, 0, open_below=True, optional=True)
         require(isinstance(self.compile, bool), "compile", self.compile, "True or False")
         require_integer("stats_window_size", self._stats_window_size, 1)
         self._check_rollout()
@@ -232,6 +231,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         if not getattr(rollout_buffer, "bootstrap_timeouts", True):
             env = IgnoreTimeLimits(env)
+        if isinstance(self.policy, FixedCovarianceMixin):
+            self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:

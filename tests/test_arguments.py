@@ -396,7 +396,7 @@ def parameters_of_constructor(algorithm_class):
         (
             PPOPenalty,
             {"clip_range": None, "target_kl": 0.01},
-            ["kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"],
+            ["kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty"],
         ),
     ],
 )

@@ -25,6 +25,7 @@ from sb3_ppo_penalty import MlpPolicy
 from sb3_ppo_penalty.divergence import (
     ActionParameters,
     concatenate,
+    directed_divergence,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -401,6 +402,116 @@ def test_rows_and_chunks(name):
     with th.no_grad():
         chunks = [parameters_of(policy.get_distribution(chunk)) for chunk in observations.split(4)]
     th.testing.assert_close(kl_divergence(old, concatenate(chunks)), whole)
+
+
+# --- the other direction, and both
+
+LITERALS = {
+    # two dimensions: from N(0, 1) to N(0, 4): ln 2 + 1/8 - 1/2 each, and back: -ln 2 + 4/2 - 1/2
+    "Gaussian": (
+        lambda: DiagGaussianDistribution(2).proba_distribution(th.zeros(1, 2), th.zeros(2)),
+        lambda: DiagGaussianDistribution(2).proba_distribution(th.zeros(1, 2), th.full((2,), LN2)),
+        (2 * 0.31814718, 2 * 0.80685282),
+    ),
+    # one half to three quarters: ln(2) / 2 + ln(2/3) / 2; back: ln(1/2) / 4 + 3 ln(3/2) / 4
+    "categorical": (
+        lambda: CategoricalDistribution(2).proba_distribution(double([0.0, 0.0])),
+        lambda: CategoricalDistribution(2).proba_distribution(double([0.0, math.log(3)])),
+        (0.14384104, 0.13081204),
+    ),
+    "three bits": (
+        lambda: BernoulliDistribution(3).proba_distribution(double([0.0] * 3)),
+        lambda: BernoulliDistribution(3).proba_distribution(double([math.log(3)] * 3)),
+        (3 * 0.14384104, 3 * 0.13081204),
+    ),
+    # as in `test_full_covariance_against_the_identity`
+    "full Gaussian": (
+        lambda: holding(MultivariateNormal(double([0, 0]), scale_tril=double(*FACTOR))),
+        lambda: holding(MultivariateNormal(double([1, 0]), scale_tril=th.eye(2, dtype=th.float64))),
+        (0.95069386, 0.54930614),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_directions_by_hand(name):
+    make_old, make_new, (there, back) = LITERALS[name]
+    old, new = parameters_of(make_old()), parameters_of(make_new())
+    expected = {"old_new": there, "new_old": back, "symmetric": (there + back) / 2}
+    for direction, value in expected.items():
+        assert directed_divergence(old, new, direction).tolist() == pytest.approx([value], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_monte_carlo_the_other_way(name):
+    """Actions of the new policy: E[log p_new - log p_old]."""
+    policy, moved = make_policy(name), make_policy(name)
+    observations = states(1).repeat_interleave(20_000, dim=0)
+    stir(moved, 0.3)
+    with th.no_grad():
+        if policy.use_sde:
+            moved.reset_noise(len(observations))
+        old, new = policy.get_distribution(observations), moved.get_distribution(observations)
+        there, back = (
+            directed_divergence(parameters_of(old), parameters_of(new), direction)[0].item()
+            for direction in ("old_new", "new_old")
+        )
+        actions = new.sample()
+        log_ratio = (new.log_prob(actions) - old.log_prob(actions)).double()
+    error = log_ratio.std().item() / math.sqrt(len(log_ratio))
+    assert back > 10 * error
+    assert log_ratio.mean().item() == pytest.approx(back, abs=4 * error)
+    if not name.startswith("fixed"):  # there the mean alone moves, and the way back is as long
+        assert abs(there - back) > 1e-4 * back
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("direction", ["new_old", "symmetric"])
+def test_either_way_it_is_zero_at_the_old_policy_and_pulls_back_after_a_step(name, direction):
+    policy, observations = make_policy(name), states(50)
+    old = frozen(policy, observations)
+
+    def pull() -> tuple[th.Tensor, float]:
+        policy.zero_grad()
+        kl = directed_divergence(old, parameters_of(policy.get_distribution(observations)), direction)
+        kl.mean().backward()
+        gradients = [parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None]
+        return kl, th.cat(gradients).abs().max().item()
+
+    kl, steepest = pull()
+    assert kl.tolist() == [0.0] * 50
+    assert steepest < 1e-6
+    stir(policy, 0.1)
+    before, steepest = pull()
+    assert before.shape == (50,)
+    assert before.min() > -1e-6
+    assert steepest > 1e-3
+    th.optim.SGD(policy.parameters(), lr=1e-3).step()
+    assert pull()[0].mean() < before.mean() - 1e-6
+
+
+@pytest.mark.parametrize("masked", [-math.inf, -1e8])
+@pytest.mark.parametrize("direction", ["new_old", "symmetric"])
+def test_masked_actions_leave_the_gradient_finite_either_way(masked, direction):
+    old = ActionParameters(kl_categorical, (double([0.0, masked, 0.0]),))
+    logits = double([0.0, masked, math.log(3)]).requires_grad_()
+    kl = directed_divergence(old, ActionParameters(kl_categorical, (logits,)), direction)
+    kl.backward()
+    back = [-3 / 16 * math.log(3), 0, 3 / 16 * math.log(3)]  # p'_i (log(p'_i / p_i) - KL)
+    there = [-0.25, 0, 0.25]  # p' - p
+    expected = back if direction == "new_old" else [(x + y) / 2 for x, y in zip(there, back, strict=True)]
+    assert kl.item() == pytest.approx(0.13081204 if direction == "new_old" else (0.14384104 + 0.13081204) / 2)
+    assert logits.grad.tolist()[0] == pytest.approx(expected)
+
+
+def test_the_directions_agree_for_small_steps():
+    policy, observations = make_policy("learned"), states(200)
+    old = frozen(policy, observations)
+    stir(policy, 3e-3)
+    new = frozen(policy, observations)
+    there, back, both = (directed_divergence(old, new, each).mean().item() for each in ("old_new", "new_old", "symmetric"))
+    assert there > 1e-6
+    assert [back, both] == pytest.approx([there, there], rel=0.02)
 
 
 # --- squashing

@@ -16,9 +16,10 @@ SB3 = "stable_baselines3"
 LAW = {
     "version": set(),
     "arguments": set(),
-    "kl_control": set(),
+    "kl_control": {"arguments"},
     "losses": {"torch"},
     "divergence": {"torch", SB3},
+    "kl_penalty": {"torch", "arguments", "losses", "divergence"},
     "distributions": {"torch", "numpy", SB3, "divergence"},
     "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
     "rollout": {"torch", "numpy", "gymnasium", SB3},
@@ -27,8 +28,8 @@ LAW = {
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
     | {"update", "compiled"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
-    "ppo_penalty": {"torch", SB3, "arguments", "losses", "divergence", "kl_control", "proximal", "rollout", "update"},
-    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"},
+    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {

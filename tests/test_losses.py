@@ -82,6 +82,52 @@ def test_where_the_clip_takes_the_gradient(ratio, advantage, slope):
     assert r.grad.item() == slope
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        pytest.param(3.0, 2.0, 3.0, 2.0, id="A > 0, below: the surrogate"),
+        pytest.param(3.0, -2.0, 3.0, -2.0, id="A < 0, below: the surrogate"),
+        pytest.param(0.0, 2.0, 0.0, 2.0, id="A > 0, so unlikely that the ratio is no float"),
+        pytest.param(0.0, -2.0, 0.0, -2.0, id="A < 0, the same"),
+        pytest.param(4.0, -2.0, 4.0, -2.0, id="on the edge the slope is not counted twice"),
+        pytest.param(4 * math.e, 2.0, 4.0, 0.0, id="A > 0, beyond: nothing more to gain"),
+        # 4 (1 + ln e) = 8; the slope in log pi is -2 * 4, in the ratio that divided by the ratio
+        pytest.param(4 * math.e, -2.0, 8.0, -2 / math.e, id="A < 0, beyond: pushed back with the weight of 4"),
+        pytest.param(4e30, -1.0, 4 * (1 + 30 * math.log(10)), -1e-30, id="A < 0, far beyond"),
+    ],
+)
+def test_truncated_ratio(ratio, advantage, value, slope):
+    r = tensor(ratio, grad=True)
+    truncated = losses.truncate_ratio(r, tensor(advantage), 4.0)
+    assert truncated.item() == pytest.approx(value)
+    losses.surrogate(truncated, tensor(advantage)).backward()
+    assert r.grad.item() == pytest.approx(slope)
+
+
+def test_no_state_weighs_more_than_the_truncated_ratio():
+    """The gradient in log pi is at most c |A|, as V-trace's and ACER's weights have it, whatever the ratio."""
+    log_prob = th.linspace(-20, 60, 161, dtype=th.float64).repeat(2).requires_grad_()
+    advantages = th.cat([th.full((161,), -3.0), th.full((161,), 3.0)]).double()
+    ratio = losses.importance_ratio(log_prob, th.zeros(322, dtype=th.float64))
+    (losses.truncate_ratio(ratio, advantages, 10.0) * advantages).sum().backward()
+    weights = log_prob.grad / advantages
+    # e^2 is the last ratio of the row below 10, e^2.5 the first above
+    assert weights.max().item() == pytest.approx(10.0)
+    assert weights[:161][-1].item() == pytest.approx(10.0)
+    assert weights[161:].max().item() == pytest.approx(math.exp(2))
+    assert weights[161:][-1].item() == 0.0
+    assert weights.min().item() >= 0
+
+
+def test_truncation_bounds_what_the_clip_leaves_open():
+    ratio, advantages = tensor(100, 100, 1.1, 0.5), tensor(1, -1, -1, -1)
+    # A > 0: the clip's 1.2; A < 0: -4 (1 + ln 25) instead of -100; inside: -1.1; the clip's -0.8
+    assert losses.clipped_surrogate(ratio, advantages, 0.2).item() == pytest.approx((1.2 - 100 - 1.1 - 0.8) / 4)
+    truncated = losses.truncate_ratio(ratio, advantages, 4.0)
+    expected = (1.2 - 16.8755033 - 1.1 - 0.8) / 4
+    assert losses.clipped_surrogate(truncated, advantages, 0.2).item() == pytest.approx(expected)
+
+
 def test_penalized_surrogate():
     # J = 0.5 minus 2 times the mean of 0.01 and 0.03, which is 0.02
     assert losses.penalized_surrogate(tensor(0.5)[0], tensor(0.01, 0.03), 2.0).item() == pytest.approx(0.46)
@@ -97,6 +143,29 @@ def test_gradient_of_the_penalized_surrogate():
 
 def test_a_coefficient_of_zero_leaves_the_surrogate():
     assert losses.penalized_surrogate(tensor(0.5)[0], tensor(7, 9), 0.0).item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kl", "per_state", "cost", "slopes"),
+    [
+        # target 0.01, so that 0.02 is free
+        pytest.param([0.02, 0.0], False, 0.0, [0.0, 0.0], id="the mean is inside"),
+        pytest.param([0.02, 0.0], True, 0.0, [0.0, 0.0], id="every state is inside"),
+        pytest.param([0.04, 0.0], False, 0.0, [0.0, 0.0], id="one state far out, the mean on the edge"),
+        # (0.04 - 0.02)^2 / 2; its slope 2 * 0.02 / 2
+        pytest.param([0.04, 0.0], True, 0.0002, [0.02, 0.0], id="the same, per state"),
+        # mean 0.05: 0.03^2; its slope 2 * 0.03 / 2 for each
+        pytest.param([0.07, 0.03], False, 0.0009, [0.03, 0.03], id="the mean is outside"),
+        # the squares of 0.05 and 0.01, halved
+        pytest.param([0.07, 0.03], True, 0.0013, [0.05, 0.01], id="both are outside"),
+    ],
+)
+def test_quadratic_cutoff(kl, per_state, cost, slopes):
+    divergence = tensor(*kl, grad=True)
+    cutoff = losses.quadratic_cutoff(divergence, 0.01, per_state)
+    cutoff.backward()
+    assert cutoff.item() == pytest.approx(cost, abs=1e-15)
+    assert divergence.grad.tolist() == pytest.approx(slopes, abs=1e-15)
 
 
 def test_value_loss():

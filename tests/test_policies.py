@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
@@ -18,10 +19,13 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from torch.distributions import MultivariateNormal
+from torch.distributions import kl_divergence as torch_kl_divergence
 
 from sb3_ppo_penalty import CnnPolicy, MlpPolicy, MultiInputPolicy, PPOClip, PPOPenalty
 from sb3_ppo_penalty.distributions import FixedGaussianDistribution
+from sb3_ppo_penalty.divergence import concatenate, kl_divergence, parameters_of
 
 BOX = spaces.Box(-1, 1, (3,))
 OBSERVATIONS = BOX  # as in SB3's IdentityEnv
@@ -181,6 +185,21 @@ def test_another_covariance_can_be_loaded(before, after):
     assert all(th.equal(*pair) for pair in zip(policy(observations()), expected, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_constants_are_other_tensors_only_if_they_have_changed(form):
+    """Whoever kept one, as the frozen old policy does, finds it unchanged, and in use as long as nothing has changed."""
+    policy = make(covariance=FORMS[form])
+    before = {name: tensor for name, tensor in policy.named_buffers() if name != "covariance"}
+    kept = [tensor.clone() for tensor in before.values()]
+    policy.load_state_dict(policy.state_dict())
+    assert all(tensor is before[name] for name, tensor in policy.named_buffers() if name in before)
+    state = {**policy.state_dict(), "covariance": 4 * policy.covariance}
+    policy.load_state_dict(state)
+    assert not any(tensor is before[name] for name, tensor in policy.named_buffers() if name in before)
+    check_density(policy, 4 * MATRICES[form])
+    assert all(th.equal(*pair) for pair in zip(before.values(), kept, strict=True))
+
+
 def test_another_full_covariance_can_be_loaded():
     policy = make(covariance=np.eye(3))
     policy.load_state_dict(make(covariance=FULL).state_dict())
@@ -265,6 +284,203 @@ def test_model_files(tmp_path, form):
     check_density(loaded.policy, MATRICES[form])
     loaded.learn(16)
     check_density(loaded.policy, MATRICES[form])
+
+
+# --- schedules
+
+#: Each with the matrices that it stands for when all, half and nothing of the training remains
+SCHEDULES = {
+    "LinearSchedule": (LinearSchedule(0.5, 0.1, 1.0), [np.eye(3) * variance for variance in (0.5, 0.3, 0.1)]),
+    "LinearSchedule that ends early": (LinearSchedule(0.5, 0.1, 0.5), [np.eye(3) * variance for variance in (0.5, 0.1, 0.1)]),
+    "FloatSchedule": (FloatSchedule(0.2), [np.eye(3) * 0.2] * 3),
+    "function": (lambda p: 0.1 + 0.4 * p, [np.eye(3) * variance for variance in (0.5, 0.3, 0.1)]),
+    "one each": (lambda p: [0.1, 0.2 + p, 1.0], [np.diag([0.1, variance, 1.0]) for variance in (1.2, 0.7, 0.2)]),
+    "full": (lambda p: (0.5 + p) * np.array(FULL), [scale * np.array(FULL) for scale in (1.5, 1.0, 0.5)]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_reaches_the_distribution(name):
+    schedule, matrices = SCHEDULES[name]
+    policy = make(covariance=schedule)
+    check_density(policy, matrices[0])  # before anything is told
+    for progress, matrix in zip((0.5, 0.0, 1.0), (*matrices[1:], matrices[0]), strict=True):
+        policy.update_covariance(progress)
+        check_density(policy, matrix)
+        assert policy.log_std.exp().tolist() == pytest.approx(np.sqrt(matrix.diagonal()).tolist())
+        th.manual_seed(0)
+        distribution = policy.get_distribution(observations(1).expand(40_000, 3))
+        spread = np.cov((distribution.sample() - distribution.mode()).detach().numpy().T)
+        np.testing.assert_allclose(spread, matrix, atol=0.05 * matrix.max())
+
+
+def test_without_a_schedule_nothing_follows():
+    for arguments in ({}, {"covariance": FULL}, {"learn_covariance": True}, {"use_sde": True}):
+        policy = make(**arguments)
+        state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        policy.update_covariance(0.0)
+        assert all(th.equal(tensor, state[name]) for name, tensor in policy.state_dict().items())
+    make(action_space=spaces.Discrete(3)).update_covariance(0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "message"),
+    [
+        (lambda p: 0.5 * p, {}, r"`covariance` must be positive: .*\(the schedule's answer at a remaining progress of 0\)"),
+        (lambda p: 0.5 - p, {}, r"`covariance` must be positive: .*progress of 1\)"),
+        (lambda p: [0.5, 0.5], {}, r"`covariance` must be one variance, 3 variances .*progress of 1\)"),
+        (lambda p: None, {}, "`covariance` must be a number, a list or a square matrix, got None"),
+        (lambda p: 0.5 if p else FULL, {}, r"`covariance` must be a schedule of one shape, got \(3, 3\) after \(3,\)"),
+        (lambda p: 0.5, {"learn_covariance": True}, "`covariance` must be no schedule with `learn_covariance`"),
+        (lambda p: 0.5, {"log_std_init": 0.0}, "`covariance` and `log_std_init`"),
+        (lambda p: 0.5, {"use_sde": True}, "no meaning with use_sde=True"),
+        (lambda p: 0.5, {"action_space": spaces.Discrete(3)}, "no meaning with the action space"),
+    ],
+)
+def test_schedules_that_cannot_be_meant(schedule, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(covariance=schedule, **arguments)
+
+
+def test_a_schedule_that_goes_wrong_half_way_leaves_the_covariance():
+    policy = make(covariance=lambda p: 0.5 if p in (0, 1) else FULL if p > 0.5 else -1)
+    for progress, message in ((0.75, "of one shape"), (0.25, "must be positive")):
+        with pytest.raises(ValueError, match=message):
+            policy.update_covariance(progress)
+        check_density(policy, 0.5 * np.eye(3))
+
+
+@pytest.mark.parametrize("name", ["function", "one each", "full"])
+def test_the_divergence_between_two_moments_of_a_schedule_is_exact(name):
+    """Frozen at the start, compared at the end: against torch's, of distributions made from the matrices."""
+    schedule, matrices = SCHEDULES[name]
+    policy = make(covariance=schedule)
+    with th.no_grad():
+        frozen = concatenate([parameters_of(policy.get_distribution(observations()))])
+        old_mean = policy.get_distribution(observations()).mode().clone()
+        policy.action_net.weight.add_(0.1)
+        policy.update_covariance(0.0)
+        new = policy.get_distribution(observations())
+        kl = kl_divergence(frozen, parameters_of(new))
+    gaussians = [
+        MultivariateNormal(mean.double(), th.tensor(matrix))
+        for mean, matrix in zip((old_mean, new.mode()), (matrices[0], matrices[-1]), strict=True)
+    ]
+    assert kl.min() > 0.1
+    th.testing.assert_close(kl, torch_kl_divergence(*gaussians).float(), rtol=1e-5, atol=1e-6)
+
+
+class Diary(BaseCallback):
+    """Variances at the start of every rollout, at its end and at the end of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, float]] = []
+
+    def note(self, moment: str) -> None:
+        self.seen.append((moment, round(self.model.policy.covariance[0].item(), 6)))
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self.note("start")
+
+    def _on_rollout_end(self) -> None:
+        self.note("end")
+
+    def _on_training_end(self) -> None:
+        self.note("trained")
+
+
+def scheduled(algorithm_class=PPOPenalty, schedule=SCHEDULES["function"][0], **arguments):
+    settings = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, **arguments}
+    return algorithm_class(MlpPolicy, target_env(), policy_kwargs={"covariance": schedule}, **settings)
+
+
+@pytest.mark.parametrize("algorithm_class", [PPOPenalty, PPOClip])
+def test_training_follows_the_schedule_between_updates(algorithm_class):
+    model, diary = scheduled(algorithm_class), Diary()
+    model.learn(64, callback=diary)
+    # All, three, two and one quarter of the training remain when a rollout starts: 0.1 + 0.4 p
+    assert diary.seen == [(when, value) for value in (0.5, 0.4, 0.3, 0.2) for when in ("start", "end")] + [("trained", 0.2)]
+    assert model.logger.name_to_value["train/std"] == pytest.approx(math.sqrt(0.2))
+    # A second training starts from the beginning, one that is continued from where all of it stands
+    for reset, expected in ((True, [0.5, 0.3]), (False, [0.3, 0.2])):
+        diary = Diary()
+        model.learn(32, callback=diary, reset_num_timesteps=reset)
+        # continued: 32 and 48 of 64 steps are done
+        assert [value for when, value in diary.seen if when == "start"] == expected
+
+
+@pytest.mark.parametrize("name", ["function", "full"])
+def test_rollout_and_update_are_made_with_one_covariance(name):
+    """The densities in the buffer are those of the covariance after the update; the step of the schedule is no divergence."""
+    model = scheduled(schedule=SCHEDULES[name][0], learning_rate=0.0).learn(32)
+    buffer = model.rollout_buffer
+    with th.no_grad():
+        _, log_prob, _ = model.policy.evaluate_actions(th.as_tensor(buffer.observations), th.as_tensor(buffer.actions))
+    np.testing.assert_allclose(log_prob.numpy(), buffer.log_probs[:, 0], rtol=1e-5)
+    check_density(model.policy, SCHEDULES[name][1][1])
+    assert model.logger.name_to_value["train/kl"] == 0
+    assert model.logger.name_to_value["train/max_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_model_files_keep_the_schedule_and_where_it_is(tmp_path, name):
+    schedule, matrices = SCHEDULES[name]
+    model = scheduled(schedule=schedule).learn(32)
+    check_density(model.policy, matrices[1])
+    model.save(tmp_path / "model.zip")
+    loaded = PPOPenalty.load(tmp_path / "model.zip", env=target_env())
+    check_density(loaded.policy, matrices[1])
+    actions = []
+    for each in (model, loaded):
+        th.manual_seed(0)
+        actions.append(each.predict(observations().numpy())[0])
+    np.testing.assert_array_equal(*actions)
+    loaded.learn(32, reset_num_timesteps=False)  # 32 and 48 of 64 steps
+    expected = {"function": 0.2, "LinearSchedule": 0.2, "LinearSchedule that ends early": 0.1, "FloatSchedule": 0.2}
+    if name in expected:
+        check_density(loaded.policy, expected[name] * np.eye(3))
+    if name == "full":
+        check_density(loaded.policy, 0.75 * np.array(FULL))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_policy_files_keep_the_covariance_of_the_moment(tmp_path, name):
+    schedule, matrices = SCHEDULES[name]
+    policy = make(covariance=schedule)
+    policy.update_covariance(0.5)
+    policy.save(tmp_path / "policy.pt")
+    loaded = MlpPolicy.load(tmp_path / "policy.pt")
+    check_density(loaded, matrices[1])
+    assert th.equal(loaded.covariance, policy.covariance)
+    loaded.update_covariance(0.0)  # without an algorithm there is no training to be scheduled
+    check_density(loaded, matrices[1])
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "A2C", "TRPO"])
+def test_an_algorithm_that_does_not_follow_is_told_of(algorithm):
+    algorithm_class, settings = ALGORITHMS[algorithm]
+    policy_kwargs = {"covariance": LinearSchedule(0.5, 0.1, 1.0)}
+    model = algorithm_class(MlpPolicy, target_env(), seed=0, policy_kwargs=policy_kwargs, **settings)
+    with pytest.warns(UserWarning, match="`covariance` is a schedule, but this algorithm does not follow it") as told:
+        model.learn(96)
+    assert len(told) == 1
+    check_density(model.policy, 0.5 * np.eye(3))
+
+
+def test_a_callback_can_tell_another_algorithms_policy():
+    class Tell(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            self.model.policy.update_covariance(1 - self.num_timesteps / 64)
+
+    model = scheduled(PPO, LinearSchedule(0.5, 0.1, 1.0)).learn(64, callback=Tell())  # warnings are errors here
+    check_density(model.policy, 0.2 * np.eye(3))
 
 
 # --- SB3's algorithms

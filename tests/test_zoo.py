@@ -190,6 +190,18 @@ def test_continuing_takes_the_coefficient_that_the_user_names(
     assert PPOPenalty.load(tmp_path / "logs/ppo_penalty/Pendulum-v1_1/Pendulum-v1.zip").kl_coef == 5.0
 
 
+def test_continuing_keeps_what_the_controller_remembers(agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PPOPenalty.load(agent, kl_controller="dual")
+    model.kl_controller.steps = 6
+    command = continue_from(model, tmp_path)
+    settings = yaml.safe_load((tmp_path / "conf.yml").read_text())
+    settings["Pendulum-v1"] |= {"kl_controller": {"name": "dual"}, "kl_penalty": {"direction": "symmetric"}}
+    (tmp_path / "conf.yml").write_text(yaml.dump(settings))
+    in_this_process(command, tmp_path, monkeypatch)
+    after = PPOPenalty.load(tmp_path / "logs/ppo_penalty/Pendulum-v1_1/Pendulum-v1.zip")
+    assert (after.kl_controller.steps, after.kl_penalty.direction) == (7, "symmetric")
+
+
 # ---- RL Zoo's own commands, and a script of the user's
 
 

@@ -49,14 +49,15 @@ class Manager(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         """
-        Continue with the coefficient that the agent had reached: the file's is for a first update.
+        Continue with the coefficient that the agent had reached, and with what its controller remembers: the file's are for a
+        first update.
 
         :param hyperparams: of the file and the command line
         :param env: to train in
         :return: the agent
         """
-        if "kl_coef" not in (self.custom_hyperparams or {}):
-            hyperparams.pop("kl_coef", None)
+        for name in {"kl_coef", "kl_controller"} - set(self.custom_hyperparams or {}):
+            hyperparams.pop(name, None)
         return super()._load_pretrained_agent(hyperparams, env)
 
     def objective(self, trial: optuna.Trial) -> float:
