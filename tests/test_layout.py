@@ -22,10 +22,12 @@ LAW = {
     "distributions": {"torch", "numpy", SB3},
     "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
     "rollout": {"torch", "numpy", "gymnasium", SB3},
-    "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"},
+    "safe_archive": {"torch", SB3},
+    "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "policies", "rollout", "safe_archive"},
+    "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout", "safe_load"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "divergence", "kl_control", "proximal", "rollout"},
-    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "safe_archive", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {

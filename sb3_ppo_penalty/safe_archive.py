@@ -1,0 +1,317 @@
+"""The files that ``save`` writes, read as a stranger's: plain values and tensors, no pickle, within bounded memory."""
+
+import io
+import json
+import math
+import pathlib
+import pickletools
+import re
+import reprlib
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.save_util import open_path
+
+#: What ``save`` puts into its archive: values, weights, and two texts for people, which are not read
+MEMBERS = re.compile(r"data|(policy|policy\.optimizer|pytorch_variables)\.pth|_stable_baselines3_version|system_info\.txt")
+#: What ``torch.save`` puts into its own; records with a dot describe the archive and are not read
+TORCH_MEMBERS = re.compile(r"archive/(data\.pkl|byteorder|version|data/[0-9]+|\.\w+(/\w+)?)")
+#: What a pickle of tensors by ``torch.save`` calls upon
+TORCH_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2"
+    r"|torch (Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool)Storage"
+)
+#: Opcodes that push something without parts
+ATOMS = {
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"),
+}
+#: A tensor is a call on (a storage's name, its size, its strides, ...): tuples in a tuple
+DEEPEST_TUPLE = 4
+#: No more is read at once; also the largest directory of an archive, which ``zipfile`` reads whole
+LARGEST_READ = 2**20
+#: An optimizer's pickle takes about 100 bytes for each tensor
+LARGEST_PICKLE = 2**20
+#: Objects that a pickle makes, two for each tensor
+MOST_OBJECTS = 30_000
+#: Brackets and commas in the JSON: each can become an object of a hundred bytes
+MOST_JSON_PARTS = 100_000
+#: Characters of a foreign message or value that are repeated in ours
+LONGEST_QUOTE = 300
+
+
+class UnsafeFileError(ValueError):
+    """A file that ``load_safe`` refuses; the message names the entry that it refuses it for."""
+
+
+class Pickled(dict[str, Any]):
+    """What SB3 writes beside a pickle for people to read; the pickle itself is dropped."""
+
+
+class SavedModel(NamedTuple):
+    """
+    What a file holds; the JSON is plain but unchecked, and so are the names, shapes and values of the tensors.
+
+    :param entries: attributes of the model, by name
+    :param policy: as ``state_dict`` gave it
+    :param optimizer: as ``state_dict`` gave it
+    :param weight_bytes: size of the policy's tensors
+    """
+
+    entries: dict[str, Any]
+    policy: Any
+    optimizer: Any
+    weight_bytes: int
+
+
+@contextmanager
+def refusing(entry: str) -> Iterator[None]:
+    """
+    Turn what a library raises over a part of a file, whatever it is, into the one exception.
+
+    :param entry: to name in it
+    :raises UnsafeFileError: instead
+    """
+    try:
+        yield
+    except (UnsafeFileError, Warning):
+        raise
+    except Exception as error:
+        raise UnsafeFileError(f"`{_quote(entry)}` cannot be used: {_quote(f'{type(error).__name__}: {error}')}") from error
+
+
+def check(condition: bool, entry: str, value: Any, allowed: str) -> None:
+    """
+    Let a part of a file pass or say what is wrong with it.
+
+    :param condition: whether it is allowed
+    :param entry: to name
+    :param value: what the file holds
+    :param allowed: what it may hold, to complete "must be ..."
+    :raises UnsafeFileError: if the condition is false
+    """
+    if not condition:
+        raise UnsafeFileError(f"`{_quote(entry)}` must be {allowed}, got {_quote(reprlib.repr(value))}")
+
+
+def _quote(text: str) -> str:
+    """
+    :param text: that a stranger may have written
+    :return: as much of it as fits a message, without what moves a terminal's cursor
+    """
+    return "".join(character if character.isprintable() else "?" for character in text[:LONGEST_QUOTE])
+
+
+def read_model(path: str | pathlib.Path | io.BufferedIOBase, max_bytes: int) -> SavedModel:
+    """
+    Read what SB3's ``save`` wrote.
+
+    :param path: as for SB3's ``load``
+    :param max_bytes: what the file may unpack to
+    :return: its plain values, and its tensors on the CPU
+    :raises UnsafeFileError: if it holds anything else
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with refusing(str(path)), zipfile.ZipFile(_SmallReads(file)) as archive:
+            stored_or_deflated = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+            members = _members(archive, "", MEMBERS, stored_or_deflated, max_bytes)
+            for name in ("data", "policy.pth", "policy.optimizer.pth"):
+                check(name in members, name, None, "in the file")
+            entries = _parse(_read(archive, members["data"]))
+            policy = _tensors("policy.pth", _read(archive, members["policy.pth"]))
+            optimizer = _tensors("policy.optimizer.pth", _read(archive, members["policy.optimizer.pth"]))
+            if "pytorch_variables.pth" in members:
+                variables = _tensors("pytorch_variables.pth", _read(archive, members["pytorch_variables.pth"]))
+                check(variables == {}, "pytorch_variables.pth", type(variables), "empty: these algorithms have none")
+            return SavedModel(entries, policy, optimizer, members["policy.pth"].file_size)
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+
+
+class _SmallReads:
+    """A file for ``zipfile`` of which little is read at once: a directory of a million entries is not taken in."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """
+        :param size: in bytes; -1 for all there is
+        :return: at most ``LARGEST_READ``
+        :raises UnsafeFileError: if that is not enough
+        """
+        data: bytes = self._file.read(LARGEST_READ + 1 if size < 0 else min(size, LARGEST_READ + 1))
+        check(len(data) <= LARGEST_READ, "directory of the archive", len(data), f"at most {LARGEST_READ} bytes")
+        return data
+
+
+def _members(
+    archive: zipfile.ZipFile, where: str, known: re.Pattern[str], methods: set[int], max_bytes: int
+) -> dict[str, zipfile.ZipInfo]:
+    """
+    :param archive: whose directory alone has been read
+    :param where: prefix for the names in messages
+    :param known: the names that may occur, each once
+    :param methods: the compression methods that may occur
+    :param max_bytes: what all members together may unpack to
+    :return: members by name
+    """
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.orig_filename
+        check(bool(known.fullmatch(name)), where + name, name, "left out: it is none of the names that `save` writes")
+        check(name not in members, where + name, name, "in the file once")
+        check(not info.flag_bits & 1, where + name, "encryption", "readable")
+        check(info.compress_type in methods, where + name, info.compress_type, f"packed by one of the methods {methods}")
+        members[name] = info
+    total = sum(info.file_size for info in members.values())
+    largest = max(members, key=lambda name: members[name].file_size, default="")
+    check(total <= max_bytes, where + largest, total, f"smaller: all may unpack to {max_bytes} bytes together")
+    return members
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str = "") -> bytes:
+    """
+    :param archive: that holds it
+    :param info: of a member; ``zipfile`` unpacks no more than the size given there, and compares the checksum
+    :param where: prefix for the name in messages
+    :return: the content
+    """
+    with refusing(where + info.filename), archive.open(info) as member:
+        return b"".join(iter(lambda: member.read(LARGEST_READ), b""))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """
+    :param data: JSON
+    :return: entries; pickles are dropped while it is parsed
+    """
+    with refusing("data"):
+        parts = sum(data.count(mark) for mark in b"[{,")
+        check(parts <= MOST_JSON_PARTS, "data", parts, f"JSON of at most {MOST_JSON_PARTS} parts")
+        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "parse_constant": _constant}
+        entries = json.loads(data.decode(), object_pairs_hook=_object, **hooks)
+        check(type(entries) is dict, "data", type(entries), "an object of attributes")
+        return dict(entries)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        check(times == 1, name, f"{times} of them", "in the file once")
+    if ":serialized:" in entry:
+        del entry[":serialized:"]
+        return Pickled(entry)
+    return entry
+
+
+def _integer(text: str) -> int:
+    check(len(text) <= 20 and abs(int(text)) < 2**63, "data", text, "JSON with integers of at most 64 bits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    check(math.isfinite(float(text)), "data", text, "JSON with numbers that a float can hold")
+    return float(text)
+
+
+def _constant(text: str) -> float:
+    # Infinity is a `max_grad_norm`; where it is none, the arguments' own checks refuse it
+    check(text != "NaN", "data", text, "JSON with numbers")
+    return float(text)
+
+
+def _tensors(entry: str, content: bytes) -> Any:
+    """
+    Read what ``torch.save`` wrote.
+
+    Checked with Python's reader of archives, and given to torch's reader as a copy that Python wrote: both see the same.
+
+    :param entry: name in the outer file
+    :param content: an archive, not compressed: it cannot unpack to more than it is
+    :return: as ``torch.load`` gives it with ``weights_only=True``, on the CPU
+    """
+    with refusing(entry):
+        records = _records(entry, content)
+        _check_pickle(f"{entry}/archive/data.pkl", records["archive/data.pkl"])
+        copy = io.BytesIO()
+        with zipfile.ZipFile(copy, "w") as archive:
+            for name, record in {"archive/version": b"3\n", **records}.items():
+                archive.writestr(name, record)
+        del records
+        copy.seek(0)
+        return th.load(copy, map_location="cpu", weights_only=True)
+
+
+def _records(entry: str, content: bytes) -> dict[str, bytes]:
+    """
+    :param entry: name in the outer file
+    :param content: what ``torch.save`` wrote
+    :return: the pickle, the storages that it refers to, and the order of their bytes
+    """
+    where = f"{entry}/"
+    with zipfile.ZipFile(_SmallReads(io.BytesIO(content))) as archive:
+        members = _members(archive, where, TORCH_MEMBERS, {zipfile.ZIP_STORED}, len(content))
+        check("archive/data.pkl" in members, f"{where}archive/data.pkl", None, "in the file")
+        size = members["archive/data.pkl"].file_size
+        check(size <= LARGEST_PICKLE, f"{where}archive/data.pkl", size, f"at most {LARGEST_PICKLE} bytes")
+        unread = [name for name in members if name.startswith("archive/.") or name == "archive/version"]
+        records = {name: _read(archive, info, where) for name, info in members.items() if name not in unread}
+    native = sys.byteorder.encode()
+    order = records.setdefault("archive/byteorder", native)
+    check(order == native, f"{where}archive/byteorder", order, f"this machine's, {native!r}")
+    return records
+
+
+def _check_pickle(entry: str, pickle: bytes) -> None:
+    """
+    Follow a pickle without making anything of it, to see that it only names and joins tensors.
+
+    ``weights_only=True`` lets more pass than that: ``bytearray(10**10)``, which is a call that takes 10 GB, and a tuple in a
+    tuple in ... as a dictionary's key, whose hash overflows the C stack.
+
+    :param entry: to name
+    :param pickle: of protocol 2
+    """
+    depths: list[int] = []  # of the tuples on the stack
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    objects = 0
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(pickle):
+        name = opcode.name
+        objects += name in ("EMPTY_LIST", "EMPTY_DICT", "REDUCE")
+        check(objects <= MOST_OBJECTS, entry, objects, f"a pickle of at most {MOST_OBJECTS} objects")
+        if name in ATOMS:
+            depths.append(0)
+        elif name == "GLOBAL":
+            check(bool(TORCH_GLOBALS.fullmatch(argument)), entry, argument, "a pickle of tensors alone")
+            depths.append(0)
+        elif name == "MARK":
+            marks.append(len(depths))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = depths[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            depths.append(memo[argument])
+        elif name.startswith("TUPLE"):
+            start = marks.pop() if name == "TUPLE" else len(depths) - int(name[-1])
+            depths[start:] = [1 + max(depths[start:], default=0)]
+            check(depths[-1] <= DEEPEST_TUPLE, entry, depths[-1], f"tuples in tuples, {DEEPEST_TUPLE} deep at most")
+        elif name in ("APPENDS", "SETITEMS"):
+            del depths[marks.pop() :]
+        elif name in ("APPEND", "SETITEM", "BUILD", "REDUCE", "BINPERSID"):
+            # Into the list, the dictionary or the object below; a call's result takes the function's place
+            del depths[-2 if name == "SETITEM" else -1 :]
+            if name == "BINPERSID":
+                depths.append(0)
+        else:
+            check((name == "PROTO" and argument == 2) or name == "STOP", entry, name, "a pickle as `torch.save` writes it")
