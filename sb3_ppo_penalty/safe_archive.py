@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-#: What ``save`` puts into its archive: values, weights, and two texts for people, which are not read
+#: What ``save`` puts into its archive: values and weights; variables, which these algorithms do not have, and two texts for
+#: people are not read
 MEMBERS = re.compile(r"data|(policy|policy\.optimizer|pytorch_variables)\.pth|_stable_baselines3_version|system_info\.txt")
 #: What ``torch.save`` puts into its own; records with a dot describe the archive and are not read
 TORCH_MEMBERS = re.compile(r"archive/(data\.pkl|byteorder|version|data/[0-9]+|\.\w+(/\w+)?)")
@@ -70,18 +71,19 @@ class SavedModel(NamedTuple):
 
 
 @contextmanager
-def refusing(entry: str) -> Iterator[None]:
+def refusing(entry: str, *passed: type[Exception]) -> Iterator[None]:
     """
     Turn what a library raises over a part of a file, whatever it is, into the one exception.
 
     :param entry: to name in it
+    :param passed: exceptions that are not about the file
     :raises UnsafeFileError: instead
     """
     try:
         yield
-    except (UnsafeFileError, Warning):
-        raise
     except Exception as error:
+        if isinstance(error, (UnsafeFileError, *passed)):
+            raise
         raise UnsafeFileError(f"`{_quote(entry)}` cannot be used: {_quote(f'{type(error).__name__}: {error}')}") from error
 
 
@@ -124,11 +126,7 @@ def read_model(path: str | pathlib.Path | io.BufferedIOBase, max_bytes: int) -> 
             for name in ("data", "policy.pth", "policy.optimizer.pth"):
                 check(name in members, name, None, "in the file")
             entries = _parse(_read(archive, members["data"]))
-            policy = _tensors("policy.pth", _read(archive, members["policy.pth"]))
-            optimizer = _tensors("policy.optimizer.pth", _read(archive, members["policy.optimizer.pth"]))
-            if "pytorch_variables.pth" in members:
-                variables = _tensors("pytorch_variables.pth", _read(archive, members["pytorch_variables.pth"]))
-                check(variables == {}, "pytorch_variables.pth", type(variables), "empty: these algorithms have none")
+            policy, optimizer = (_tensors(archive, members[name]) for name in ("policy.pth", "policy.optimizer.pth"))
             return SavedModel(entries, policy, optimizer, members["policy.pth"].file_size)
     finally:
         if isinstance(path, (str, pathlib.Path)):
@@ -196,9 +194,10 @@ def _parse(data: bytes) -> dict[str, Any]:
     """
     with refusing("data"):
         parts = sum(data.count(mark) for mark in b"[{,")
+        # ASCII, as `save` writes it: one character beyond and Python takes four bytes for each
         check(parts <= MOST_JSON_PARTS, "data", parts, f"JSON of at most {MOST_JSON_PARTS} parts")
         hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "parse_constant": _constant}
-        entries = json.loads(data.decode(), object_pairs_hook=_object, **hooks)
+        entries = json.loads(data.decode("ascii"), object_pairs_hook=_object, **hooks)
         check(type(entries) is dict, "data", type(entries), "an object of attributes")
         return dict(entries)
 
@@ -230,46 +229,43 @@ def _constant(text: str) -> float:
     return float(text)
 
 
-def _tensors(entry: str, content: bytes) -> Any:
+def _tensors(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     """
     Read what ``torch.save`` wrote.
 
-    Checked with Python's reader of archives, and given to torch's reader as a copy that Python wrote: both see the same.
-
-    :param entry: name in the outer file
-    :param content: an archive, not compressed: it cannot unpack to more than it is
+    :param archive: that holds it
+    :param info: of the member
     :return: as ``torch.load`` gives it with ``weights_only=True``, on the CPU
     """
-    with refusing(entry):
-        records = _records(entry, content)
-        _check_pickle(f"{entry}/archive/data.pkl", records["archive/data.pkl"])
-        copy = io.BytesIO()
-        with zipfile.ZipFile(copy, "w") as archive:
-            for name, record in {"archive/version": b"3\n", **records}.items():
-                archive.writestr(name, record)
-        del records
-        copy.seek(0)
-        return th.load(copy, map_location="cpu", weights_only=True)
+    with refusing(info.filename):
+        return th.load(_checked_copy(info.filename, _read(archive, info)), map_location="cpu", weights_only=True)
 
 
-def _records(entry: str, content: bytes) -> dict[str, bytes]:
+def _checked_copy(entry: str, content: bytes) -> io.BytesIO:
     """
+    Check an archive of ``torch.save`` with Python's reader and write it anew, so that torch's reader sees the same.
+
     :param entry: name in the outer file
-    :param content: what ``torch.save`` wrote
+    :param content: not compressed: it cannot unpack to more than it is
     :return: the pickle, the storages that it refers to, and the order of their bytes
     """
-    where = f"{entry}/"
-    with zipfile.ZipFile(_SmallReads(io.BytesIO(content))) as archive:
+    where, pickle, native, copy = f"{entry}/", "archive/data.pkl", sys.byteorder.encode(), io.BytesIO()
+    with zipfile.ZipFile(_SmallReads(io.BytesIO(content))) as archive, zipfile.ZipFile(copy, "w") as checked:
         members = _members(archive, where, TORCH_MEMBERS, {zipfile.ZIP_STORED}, len(content))
-        check("archive/data.pkl" in members, f"{where}archive/data.pkl", None, "in the file")
-        size = members["archive/data.pkl"].file_size
-        check(size <= LARGEST_PICKLE, f"{where}archive/data.pkl", size, f"at most {LARGEST_PICKLE} bytes")
-        unread = [name for name in members if name.startswith("archive/.") or name == "archive/version"]
-        records = {name: _read(archive, info, where) for name, info in members.items() if name not in unread}
-    native = sys.byteorder.encode()
-    order = records.setdefault("archive/byteorder", native)
-    check(order == native, f"{where}archive/byteorder", order, f"this machine's, {native!r}")
-    return records
+        check(pickle in members, where + pickle, None, "in the file")
+        size = members[pickle].file_size
+        check(size <= LARGEST_PICKLE, where + pickle, size, f"at most {LARGEST_PICKLE} bytes")
+        _check_pickle(where + pickle, _read(archive, members[pickle], where))
+        order = members.get("archive/byteorder")
+        found = _read(archive, order, where) if order else native
+        check(found == native, f"{where}archive/byteorder", found, f"this machine's, {native!r}")
+        checked.writestr("archive/version", "3\n")
+        checked.writestr("archive/byteorder", native)
+        for name, info in members.items():
+            if name == pickle or name.startswith("archive/data/"):
+                checked.writestr(name, _read(archive, info, where))
+    copy.seek(0)
+    return copy
 
 
 def _check_pickle(entry: str, pickle: bytes) -> None:
@@ -285,12 +281,11 @@ def _check_pickle(entry: str, pickle: bytes) -> None:
     depths: list[int] = []  # of the tuples on the stack
     marks: list[int] = []
     memo: dict[int, int] = {}
-    objects = 0
+    objects = deepest = 0
     argument: Any
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         objects += name in ("EMPTY_LIST", "EMPTY_DICT", "REDUCE")
-        check(objects <= MOST_OBJECTS, entry, objects, f"a pickle of at most {MOST_OBJECTS} objects")
         if name in ATOMS:
             depths.append(0)
         elif name == "GLOBAL":
@@ -305,7 +300,7 @@ def _check_pickle(entry: str, pickle: bytes) -> None:
         elif name.startswith("TUPLE"):
             start = marks.pop() if name == "TUPLE" else len(depths) - int(name[-1])
             depths[start:] = [1 + max(depths[start:], default=0)]
-            check(depths[-1] <= DEEPEST_TUPLE, entry, depths[-1], f"tuples in tuples, {DEEPEST_TUPLE} deep at most")
+            deepest = max(deepest, depths[-1])
         elif name in ("APPENDS", "SETITEMS"):
             del depths[marks.pop() :]
         elif name in ("APPEND", "SETITEM", "BUILD", "REDUCE", "BINPERSID"):
@@ -315,3 +310,5 @@ def _check_pickle(entry: str, pickle: bytes) -> None:
                 depths.append(0)
         else:
             check((name == "PROTO" and argument == 2) or name == "STOP", entry, name, "a pickle as `torch.save` writes it")
+    check(objects <= MOST_OBJECTS, entry, objects, f"a pickle of at most {MOST_OBJECTS} objects")
+    check(deepest <= DEEPEST_TUPLE, entry, deepest, f"a pickle of tuples in tuples at most {DEEPEST_TUPLE} deep")

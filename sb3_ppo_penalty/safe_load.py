@@ -60,7 +60,7 @@ KWARGS_FLAGS = {
 MOST_LAYERS = 100
 #: Values that an optimizer takes the root of, or counts with
 NEVER_NEGATIVE = {"step", "exp_avg_sq", "max_exp_avg_sq", "square_avg"}
-NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
+NUMBER = r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[-+]?[0-9]{1,3})?|inf)"
 #: Schedules as SB3 prints them
 CONSTANT = re.compile(rf"ConstantSchedule\(val={NUMBER}\)")
 LINEAR = re.compile(rf"LinearSchedule\(start={NUMBER}, end={NUMBER}, end_fraction={NUMBER}\)")
@@ -93,10 +93,11 @@ def load_safe(
     if unknown:
         raise TypeError(f"{cls.__name__}.load_safe() has no argument {unknown}")
     saved = read_model(path, max_bytes)
-    arguments = {**_arguments(saved.entries, names - IGNORED - given.keys()), **given}
+    with refusing("data"):
+        arguments = {**_arguments(saved.entries, names - IGNORED - given.keys()), **given}
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
-    with refusing("data and the arguments passed" if given else "data"):
+    with refusing("data and the arguments passed" if given else "data", Warning):
         _check_rollout(env, arguments, max_bytes)
         # A policy class may build parts that it then replaces: not more than four times what it keeps
         with _policy_of_at_most(4 * saved.weight_bytes):
@@ -173,7 +174,7 @@ def _schedule(entry: str, value: Any) -> Any:
     constant, linear = CONSTANT.fullmatch(text), LINEAR.fullmatch(text)
     check(bool(constant or linear), entry, text or kind, f"a number or one of SB3's schedules, or passed as `{entry}`")
     if constant:
-        return _number(entry, float(constant[1]))
+        return _number(entry, float(constant[1])) if constant[1] != "inf" else math.inf
     assert linear is not None
     start, end, fraction = (_number(entry, float(number)) for number in linear.groups())
     check(min(start, end) >= 0 and 0 < fraction <= 1, entry, text, "a schedule of positive numbers over a part of training")
@@ -254,11 +255,12 @@ def _covariance(entry: str, value: Any) -> Any:
 
 
 def _net_arch(entry: str, value: Any) -> Any:
-    if type(value) is dict:
-        check(value.keys() <= {"pi", "vf"}, entry, value, "the widths of `pi` and `vf`")
-        return {name: _net_arch(entry, widths) for name, widths in value.items()}
-    widths = type(value) is list and len(value) <= MOST_LAYERS and all(type(each) is int and each > 0 for each in value)
-    check(value is None or widths, entry, value, f"the widths of at most {MOST_LAYERS} layers")
+    networks = value if type(value) is dict else {"pi": [] if value is None else value}
+    for name, widths in networks.items():
+        layers = type(widths) is list and len(widths) <= MOST_LAYERS and all(type(each) is int and each > 0 for each in widths)
+        check(
+            name in ("pi", "vf") and layers, entry, value, f"the widths of at most {MOST_LAYERS} layers, also as `pi` and `vf`"
+        )
     return value
 
 
@@ -355,17 +357,24 @@ def _like(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensor(entry: str, name: str, found: Any, expected: Any) -> Any:
-    if not isinstance(expected, th.Tensor):
-        check(type(found) is type(expected) and found == expected, entry, found, f"{expected}")
-        return found
-    check(type(found) is th.Tensor, entry, type(found), "a tensor")
-    found = found.detach()
-    shapes = f"{expected.dtype} of shape {tuple(expected.shape)}"
-    same = found.dtype == expected.dtype and found.shape == expected.shape and found.layout == th.strided
-    check(same, entry, (found.dtype, tuple(found.shape)), shapes)
-    check(bool(th.isfinite(found).all()), entry, "a number that is not", "finite")
-    check(name not in NEVER_NEGATIVE or bool((found >= 0).all()), entry, "a negative number", "positive or zero")
-    return found.clone()
+    """
+    :param entry: to name
+    :param name: of the tensor, or of the number or None that some optimizers keep beside their tensors
+    :param found: in the file
+    :param expected: a fresh model's
+    :return: a copy
+    """
+    kind = th.Tensor if isinstance(expected, th.Tensor) else type(expected)
+    check(type(found) is kind, entry, type(found), f"a {kind.__name__}")
+    if isinstance(expected, th.Tensor):
+        found = found.detach()
+        same = found.dtype == expected.dtype and found.shape == expected.shape and found.layout == th.strided
+        wanted = f"{expected.dtype} of shape {tuple(expected.shape)}"
+        check(same, entry, (found.dtype, tuple(found.shape)), wanted)
+    values = th.as_tensor(0 if found is None else found)
+    check(bool(th.isfinite(values).all()), entry, "a number that is not", "finite")
+    check(name not in NEVER_NEGATIVE or bool((values >= 0).all()), entry, "a negative number", "positive or zero")
+    return found.clone() if isinstance(found, th.Tensor) else found
 
 
 def _optimizer_state(entry: str, found: Any, optimizer: th.optim.Optimizer) -> dict[str, Any]:
@@ -391,14 +400,19 @@ def _optimizer_state(entry: str, found: Any, optimizer: th.optim.Optimizer) -> d
 def _after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
     """
     :param optimizer: not changed
-    :return: its state as one step leaves it, taken on copies of the parameters
+    :return: its state as one step leaves it, taken on copies of the parameters; tensors without values
     """
     rehearsal = copy.deepcopy(optimizer)
     for group in rehearsal.param_groups:
         for parameter in group["params"]:
             parameter.grad = th.zeros_like(parameter)
     rehearsal.step()
-    return rehearsal.state_dict()
+    found = rehearsal.state_dict()
+    states = {
+        index: {name: value.to("meta") if isinstance(value, th.Tensor) else value for name, value in state.items()}
+        for index, state in found["state"].items()
+    }
+    return {**found, "state": states}
 
 
 def _group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
