@@ -485,7 +485,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param env: the environment that the model was made for, or its name
         :param device: to put the model on, wherever it was saved
         :param max_bytes: what the file may unpack to, and what the rollout buffer that it asks for may take. While a file is
-            read, about four times as much memory is in use
+            read, up to five times as much memory is in use
         :param arguments: the constructor's, to replace what the file says
         :return: the model
         :raises UnsafeFileError: naming the entry that is pickled and needed, of the wrong type, shape or range, too large,

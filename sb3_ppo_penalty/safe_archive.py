@@ -22,11 +22,15 @@ from stable_baselines3.common.save_util import open_path
 MEMBERS = re.compile(r"data|(policy|policy\.optimizer|pytorch_variables)\.pth|_stable_baselines3_version|system_info\.txt")
 #: What ``torch.save`` puts into its own; records with a dot describe the archive and are not read
 TORCH_MEMBERS = re.compile(r"archive/(data\.pkl|byteorder|version|data/[0-9]+|\.\w+(/\w+)?)")
-#: What a pickle of tensors by ``torch.save`` calls upon
-TORCH_GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2"
-    r"|torch (Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool)Storage"
-)
+#: What a pickle of tensors by ``torch.save`` calls upon, as :mod:`pickletools` writes it
+REBUILDERS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+#: Storages that it refers to, and the bytes of a number in each
+STORAGES = {
+    **dict.fromkeys(("torch ByteStorage", "torch CharStorage", "torch BoolStorage"), 1),
+    **dict.fromkeys(("torch HalfStorage", "torch BFloat16Storage", "torch ShortStorage"), 2),
+    **dict.fromkeys(("torch FloatStorage", "torch IntStorage"), 4),
+    **dict.fromkeys(("torch DoubleStorage", "torch LongStorage"), 8),
+}
 #: Opcodes that push something without parts
 ATOMS = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
@@ -36,8 +40,8 @@ ATOMS = {
 DEEPEST_TUPLE = 4
 #: No more is read at once; also the largest directory of an archive, which ``zipfile`` reads whole
 LARGEST_READ = 2**20
-#: An optimizer's pickle takes about 100 bytes for each tensor
-LARGEST_PICKLE = 2**20
+#: A pickle takes 70 bytes for each tensor of an optimizer, and 160 for each of a policy
+LARGEST_PICKLE = 2**19
 #: Objects that a pickle makes, two for each tensor
 MOST_OBJECTS = 30_000
 #: Brackets and commas in the JSON: each can become an object of a hundred bytes
@@ -255,7 +259,7 @@ def _checked_copy(entry: str, content: bytes) -> io.BytesIO:
         check(pickle in members, where + pickle, None, "in the file")
         size = members[pickle].file_size
         check(size <= LARGEST_PICKLE, where + pickle, size, f"at most {LARGEST_PICKLE} bytes")
-        _check_pickle(where + pickle, _read(archive, members[pickle], where))
+        _check_pickle(where + pickle, _read(archive, members[pickle], where), members)
         order = members.get("archive/byteorder")
         found = _read(archive, order, where) if order else native
         check(found == native, f"{where}archive/byteorder", found, f"this machine's, {native!r}")
@@ -268,47 +272,65 @@ def _checked_copy(entry: str, content: bytes) -> io.BytesIO:
     return copy
 
 
-def _check_pickle(entry: str, pickle: bytes) -> None:
+def _check_pickle(entry: str, pickle: bytes, members: dict[str, zipfile.ZipInfo]) -> None:
     """
-    Follow a pickle without making anything of it, to see that it only names and joins tensors.
+    Follow a pickle without making anything of it but tuples, to see that it only names and joins tensors.
 
-    ``weights_only=True`` lets more pass than that: ``bytearray(10**10)``, which is a call that takes 10 GB, and a tuple in a
-    tuple in ... as a dictionary's key, whose hash overflows the C stack.
+    ``weights_only=True`` lets more pass than that: ``bytearray(10**10)``, which is a call that takes 10 GB; a tuple in a
+    tuple in ... as a dictionary's key, whose hash overflows the C stack. And it is left to torch's reader whether a storage
+    may be larger than its record.
 
     :param entry: to name
     :param pickle: of protocol 2
+    :param members: of the archive, which hold the storages
     """
-    depths: list[int] = []  # of the tuples on the stack
+    nothing = (0, None)
+    stack: list[tuple[int, Any]] = []  # how deep tuples are nested, and the value where it matters
     marks: list[int] = []
-    memo: dict[int, int] = {}
-    objects = deepest = 0
+    memo: dict[int, tuple[int, Any]] = {}
+    objects = 0
     argument: Any
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         objects += name in ("EMPTY_LIST", "EMPTY_DICT", "REDUCE")
         if name in ATOMS:
-            depths.append(0)
+            stack.append(nothing if argument is None else (0, argument))
         elif name == "GLOBAL":
-            check(bool(TORCH_GLOBALS.fullmatch(argument)), entry, argument, "a pickle of tensors alone")
-            depths.append(0)
+            check(argument in REBUILDERS | STORAGES.keys(), entry, argument, "a pickle of tensors alone")
+            stack.append((0, argument))
         elif name == "MARK":
-            marks.append(len(depths))
+            marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = depths[-1]
+            memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            depths.append(memo[argument])
+            stack.append(memo[argument])
         elif name.startswith("TUPLE"):
-            start = marks.pop() if name == "TUPLE" else len(depths) - int(name[-1])
-            depths[start:] = [1 + max(depths[start:], default=0)]
-            deepest = max(deepest, depths[-1])
+            start = marks.pop() if name == "TUPLE" else len(stack) - int(name[-1])
+            parts = stack[start:]
+            depth = 1 + max((depth for depth, _ in parts), default=0)
+            check(depth <= DEEPEST_TUPLE, entry, depth, f"a pickle of tuples in tuples at most {DEEPEST_TUPLE} deep")
+            stack[start:] = [(depth, tuple(value for _, value in parts))]
         elif name in ("APPENDS", "SETITEMS"):
-            del depths[marks.pop() :]
-        elif name in ("APPEND", "SETITEM", "BUILD", "REDUCE", "BINPERSID"):
+            del stack[marks.pop() :]
+        elif name == "BINPERSID":
+            _check_storage(entry, stack.pop()[1], members)
+            stack.append(nothing)
+        elif name in ("APPEND", "SETITEM", "BUILD", "REDUCE"):
             # Into the list, the dictionary or the object below; a call's result takes the function's place
-            del depths[-2 if name == "SETITEM" else -1 :]
-            if name == "BINPERSID":
-                depths.append(0)
+            del stack[-2 if name == "SETITEM" else -1 :]
         else:
             check((name == "PROTO" and argument == 2) or name == "STOP", entry, name, "a pickle as `torch.save` writes it")
     check(objects <= MOST_OBJECTS, entry, objects, f"a pickle of at most {MOST_OBJECTS} objects")
-    check(deepest <= DEEPEST_TUPLE, entry, deepest, f"a pickle of tuples in tuples at most {DEEPEST_TUPLE} deep")
+
+
+def _check_storage(entry: str, identity: Any, members: dict[str, zipfile.ZipInfo]) -> None:
+    """
+    :param entry: to name
+    :param identity: (a word, type, name, device, number of elements), as ``torch.save`` writes them
+    :param members: of the archive
+    """
+    fits = False
+    if type(identity) is tuple and len(identity) == 5 and type(identity[2]) is str and identity[1] in STORAGES:
+        record = members.get(f"archive/data/{identity[2]}")
+        fits = record is not None and identity[4] == record.file_size / STORAGES[identity[1]]
+    check(fits, entry, identity, "a pickle of tensors whose storages have the sizes of their records")
