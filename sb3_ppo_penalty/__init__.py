@@ -6,6 +6,7 @@ from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.ppo_clip import DOCUMENT_RECIPE, PPOClip
 from sb3_ppo_penalty.ppo_penalty import PPOPenalty
 from sb3_ppo_penalty.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.safe_archive import UnsafeFileError
 from sb3_ppo_penalty.version import __version__
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "Proportional",
     "RewardToGoDictRolloutBuffer",
     "RewardToGoRolloutBuffer",
+    "UnsafeFileError",
     "__version__",
 ]

@@ -1,6 +1,8 @@
 """The one constructor, the one train loop and the one place that logs, for every algorithm of the package."""
 
 import inspect
+import io
+import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_penalty import losses
+from sb3_ppo_penalty import losses, safe_load
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
@@ -479,3 +481,33 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+
+    @classmethod
+    def load_safe(
+        cls: type[SelfProximal],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str,
+        device: th.device | str = "auto",
+        *,
+        max_bytes: int = safe_load.DEFAULT_MAX_BYTES,
+        **arguments: Any,
+    ) -> SelfProximal:
+        """
+        Load a file that may come from a stranger: nothing that it says is run, which SB3's ``load`` cannot promise.
+
+        Only plain values and tensors are read. Spaces come from the environment; the classes of policy, buffer, activation,
+        extractor, optimizer and schedule are recognised by name if they are SB3's, torch's or this package's, and have to
+        be passed otherwise. The model predicts and learns on as one from ``load`` does, except that the statistics of the
+        last 100 episodes begin anew and that ``tensorboard_log`` is not taken from the file.
+
+        :param path: a path, with or without ``.zip``, or a binary file
+        :param env: the environment that the model was made for, or its name
+        :param device: to put the model on, wherever it was saved
+        :param max_bytes: what the file may unpack to, and what the rollout buffer that it asks for may take. While a file is
+            read, up to five times as much memory is in use
+        :param arguments: the constructor's, to replace what the file says
+        :return: the model
+        :raises UnsafeFileError: naming the entry that is pickled and needed, of the wrong type, shape or range, too large,
+            or none of a model's
+        """
+        return safe_load.load_safe(cls, path, env, device, max_bytes, arguments)

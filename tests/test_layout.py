@@ -25,11 +25,14 @@ LAW = {
     "rollout": {"torch", "numpy", "gymnasium", SB3},
     "update": {"torch", SB3, "losses", "rollout"},
     "compiled": {"torch", SB3, "losses", "rollout", "update"},
+    "safe_archive": {"torch", SB3},
+    "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "kl_control", "kl_penalty", "policies", "rollout"}
+    | {"safe_archive"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
-    | {"update", "compiled"},
+    | {"update", "compiled", "safe_load"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"},
-    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "safe_archive", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {
