@@ -392,11 +392,11 @@ def parameters_of_constructor(algorithm_class):
 @pytest.mark.parametrize(
     ("algorithm_class", "own_defaults", "added"),
     [
-        (PPOClip, {}, []),
+        (PPOClip, {}, ["compile"]),
         (
             PPOPenalty,
             {"clip_range": None, "target_kl": 0.01},
-            ["kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty"],
+            ["compile", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty"],
         ),
     ],
 )
