@@ -358,3 +358,54 @@ def test_train_pendulum_writes_what_it_promises(tmp_path):
     assert panel_has(pixels(out / "learning_curve.png"), BLUE)
     assert (out / "pendulum.gif").stat().st_size < 1_000_000
     assert np.load(out / "evaluations.npz")["results"].shape == (2, 20)  # at 5,000 and 10,000 steps
+
+
+# benchmark_speed.py
+
+
+class Clocked:
+    """An algorithm that needs a known time: 2 s to collect, 6 s to learn, and more the first time if it compiles."""
+
+    now = 0.0
+
+    def __init__(self, policy, env, seed, device, slowness=1.0, compilation=0.0) -> None:
+        self.env, self.n_envs, self.n_steps = env, env.num_envs, 10
+        self.slowness, self.compilation = slowness, compilation
+
+    def learn(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
+        assert total_timesteps == self.n_steps * self.n_envs
+        Clocked.now += 2 * self.slowness
+        self.train()
+
+    def train(self) -> None:
+        Clocked.now += 6 * self.slowness + self.compilation
+        self.compilation = 0.0
+
+
+def test_speed_is_reported_as_ratios_without_the_compilation(monkeypatch, tmp_path: Path) -> None:
+    script = script_module("benchmark_speed")
+    known = {"stock PPO": (Clocked, {}), "other, compiled": (Clocked, {"slowness": 0.5, "compilation": 11.0})}
+    monkeypatch.setattr(script, "contenders", lambda: known)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: Clocked.now)
+    rows = script.case("main", "a case", "Pendulum-v1", 3)
+    assert [row["contender"] for row in rows] == list(known)
+    figures = [[row[name] for name in script.COLUMNS[3:]] for row in rows]
+    assert figures == [[5, 1.0, 1.0, 1.0, 0.0], [10, 2.0, 2.0, 2.0, 11.0]]
+    monkeypatch.setitem(script.PARTS, "main", lambda repetitions: rows)
+    script.main(["--out", str(tmp_path)])
+    assert "| a case | other, compiled | 10 | 2.00 | 2.00 | 2.00 | 11 s |\n" in (tmp_path / "main.md").read_text()
+    assert [row["ratio"] for row in rows_of(tmp_path / "main.csv")] == ["1.0", "2.0"]
+
+
+def test_speed_is_that_of_the_real_algorithms() -> None:
+    script = script_module("benchmark_speed")
+    options = {"n_steps": 32, "batch_size": 16, "n_envs": 2}
+    rows = script.case("main", "a case", lambda: script.Still(3), 2, ["stock PPO", "PPOPenalty"], **options)
+    assert [(row["contender"], row["ratio"]) for row in rows if row["contender"] == "stock PPO"] == [("stock PPO", 1.0)]
+    assert all(0 < row["steps_per_second"] < 1e6 and row["ratio"] > 0 for row in rows)
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    script = script_module("benchmark_speed")
+    # A process with torch in it, in MB
+    assert 100 < script.peak_memory("stock PPO", images=False) < 20_000

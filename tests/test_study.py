@@ -311,7 +311,7 @@ def hidden(out: Path) -> list[Path]:
     return list(out.glob("runs/.*"))
 
 
-def wait_until(condition, seconds: float = 90) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     for tick in count():
         if condition():
             return
