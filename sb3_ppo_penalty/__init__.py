@@ -1,5 +1,7 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
+from sb3_ppo_penalty.checkpoints import ResumableCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_penalty.continuation import ResumableEnv
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.ppo_clip import DOCUMENT_RECIPE, PPOClip
 from sb3_ppo_penalty.ppo_penalty import PPOPenalty
@@ -13,7 +15,11 @@ __all__ = [
     "MultiInputPolicy",
     "PPOClip",
     "PPOPenalty",
+    "ResumableCheckpointCallback",
+    "ResumableEnv",
     "RewardToGoDictRolloutBuffer",
     "RewardToGoRolloutBuffer",
     "__version__",
+    "latest_checkpoint",
+    "resume",
 ]

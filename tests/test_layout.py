@@ -25,7 +25,9 @@ LAW = {
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "divergence", "kl_control", "proximal", "rollout"},
-    "__init__": {"policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "continuation": {"torch", "numpy", "gymnasium", SB3, "cloudpickle"},
+    "checkpoints": {"torch", SB3, "arguments", "continuation"},
+    "__init__": {"checkpoints", "continuation", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {
