@@ -22,10 +22,10 @@ from sb3_ppo_penalty.continuation import RandomStates, VecEnvState, dumps, loads
 
 #: Beside SB3's own entries in its zip file
 ENTRY = "resume.pkl"
-#: The zip file's comment: which one it is in its folder, and the SHA-256 of everything before
-TRAILER = re.compile(rb"resumable checkpoint (\d{16}) [0-9a-f]{64}")
+#: The zip file's comment: which one it is in its folder, twice to be sure, and the SHA-256 of everything before
+TRAILER = re.compile(rb"resumable checkpoint (\d{16}) \1 [0-9a-f]{64}")
 DIGEST_LENGTH = 64
-TRAILER_LENGTH = len("resumable checkpoint ") + 16 + 1 + DIGEST_LENGTH
+TRAILER_LENGTH = len("resumable checkpoint ") + 2 * (16 + 1) + DIGEST_LENGTH
 #: gSDE's, which SB3 keeps outside the policy's ``state_dict``
 NOISE = ("exploration_mat", "exploration_matrices")
 
@@ -300,7 +300,7 @@ def _content_of(model: BaseAlgorithm, snapshot: Snapshot, number: int) -> bytes:
     model.save(file)
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(ENTRY, dumps(snapshot))
-        archive.comment = b"resumable checkpoint %016d " % number + b"0" * DIGEST_LENGTH
+        archive.comment = b"resumable checkpoint %016d %016d " % (number, number) + b"0" * DIGEST_LENGTH
     content = file.getvalue()[:-DIGEST_LENGTH]
     return content + hashlib.sha256(content).hexdigest().encode()
 

@@ -291,7 +291,10 @@ class VecEnvState(NamedTuple):
                 warnings.warn(f"the checkpoint goes without {problem}", stacklevel=2)
                 del states[place][name]
             wrappers = dumps(states, layers)
-        return cls(_names(layers), env.num_envs, wrappers, _environments_of(layers[-1]))
+        environments = _environments_of(layers[-1])
+        if isinstance(environments, str):
+            warnings.warn(f"the checkpoint goes without the environments: they {environments}", stacklevel=2)
+        return cls(_names(layers), env.num_envs, wrappers, environments)
 
     def mismatch(self, env: VecEnv) -> str:
         """
