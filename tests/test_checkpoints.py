@@ -120,6 +120,33 @@ class Simulated(gym.Env):
         SIMULATORS[self.handle][:], self.np_random.bit_generator.state = state
 
 
+class Noisy(gym.RewardWrapper):
+    """Draws from the global generator of its process."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        np.random.seed(3)
+
+    def reward(self, reward: Any) -> float:
+        return float(reward) + np.random.normal()
+
+
+def noisy_and_resumable(env: gym.Env) -> ResumableEnv:
+    return ResumableEnv(Noisy(env))
+
+
+class Controlled(PPOClip):
+    """With a live state of its own, which `load` alone loses: `_setup_model` creates it, and it is a tuple."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.controller = (0, 1.0)
+
+    def train(self) -> None:
+        super().train()
+        self.controller = (self.controller[0] + 1, self.controller[1] * self._current_progress_remaining)
+
+
 class Case(NamedTuple):
     algorithm: type
     env_id: str | type[gym.Env]
@@ -128,14 +155,14 @@ class Case(NamedTuple):
     arguments: dict[str, Any] = {}  # noqa: RUF012 (read only)
 
 
-PROCESSES = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "fork"}, "wrapper_class": ResumableEnv}
+PROCESSES = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "fork"}, "wrapper_class": noisy_and_resumable}
 CASES = {
     "pendulum": Case(PPOPenalty, "Pendulum-v1", arguments={"learning_rate": falling}),
     "cartpole": Case(PPOPenalty, "CartPole-v1", arguments={"learning_rate": falling, "clip_range": 0.3}),
     "normalized": Case(PPOPenalty, "CartPole-v1", lambda env: VecNormalize(env, gamma=0.9)),
     "stacked": Case(PPOClip, "Pendulum-v1", lambda env: VecNormalize(VecFrameStack(VecMonitor(env), 3))),
-    "clip": Case(PPOClip, "CartPole-v1", arguments={"clip_range": falling, "learning_rate": falling, "target_kl": 0.05}),
-    "stock": Case(PPO, "Pendulum-v1", arguments={"use_sde": True, "sde_sample_freq": 5, "learning_rate": falling}),
+    "clip": Case(Controlled, "CartPole-v1", arguments={"clip_range": falling, "learning_rate": falling, "target_kl": 0.05}),
+    "stock": Case(PPO, "Pendulum-v1", arguments={"use_sde": True, "learning_rate": falling}),
     "processes": Case(PPOPenalty, "CartPole-v1", vec_env=PROCESSES),
     "simulated": Case(PPOPenalty, Simulated),
 }
@@ -419,25 +446,28 @@ def test_a_truncated_file_is_skipped_with_a_warning(trained: Path, tmp_path: Pat
     assert latest_checkpoint(tmp_path) == newest
 
 
-def flipped(content: bytes, place: int, where: random.Random) -> bytes:
+def flipped(content: bytes, place: int, bit: int) -> bytes:
     damaged = bytearray(content)
-    damaged[place] ^= 1 << where.randrange(8)
+    damaged[place] ^= 1 << bit
     return bytes(damaged)
 
 
 def test_a_flipped_bit_is_detected(trained: Path, tmp_path: Path) -> None:
     older, newest = copy(trained, tmp_path, 32, 64)
     content, where = newest.read_bytes(), random.Random(0)
-    # The trailer's bytes all, also of the older file: a flipped number might make it the newest
-    places = [*range(len(content) - 140, len(content)), *(where.randrange(len(content)) for _ in range(300))]
-    for place in places:
-        newest.write_bytes(flipped(content, place, where))
+    # Before the digest stands the number, and flipped it might make an older file the newest: there each bit
+    end = len(content)
+    places = [(place, bit) for place in range(end - 100, end - 64) for bit in range(8)]
+    places += [(place, where.randrange(8)) for place in [*range(end - 140, end - 100), *range(end - 64, end)]]
+    places += [(where.randrange(end), where.randrange(8)) for _ in range(200)]
+    for place, bit in places:
+        newest.write_bytes(flipped(content, place, bit))
         with pytest.warns(UserWarning, match=f"{newest} is torn"):
             assert latest_checkpoint(tmp_path) == older, place
     newest.write_bytes(content)
     content = older.read_bytes()
-    for place in range(len(content) - 140, len(content)):
-        older.write_bytes(flipped(content, place, where))
+    for place, bit in places[: 36 * 8]:
+        older.write_bytes(flipped(content, place - end, bit))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert latest_checkpoint(tmp_path) == newest, place
@@ -533,6 +563,8 @@ def test_going_on_after_the_end_of_training(name: str, tmp_path: Path) -> None:
     random.seed(11)
     model, left = resume(tmp_path / f"rl_model_{2 * ROLLOUT}_steps.zip", environment(case), callback)
     assert left == 0
+    # What is drawn in between does not matter
+    random.random(), np.random.random(), th.rand(1)
     model.learn(2 * ROLLOUT, callback, reset_num_timesteps=False)
     found = outcome(model)
     # Of the whole: a second `learn` begins to count at its start
