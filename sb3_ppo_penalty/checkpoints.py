@@ -124,7 +124,8 @@ class ResumableCheckpointCallback(BaseCallback):
     **Exact** with the same versions on the same machine, ``DummyVecEnv`` and environments whose Python attributes are their
     state and can be pickled: Gymnasium's classic control, toy text and MuJoCo. An environment whose state lies elsewhere, in a
     simulator behind a handle, say, may define ``__getstate__`` and ``__setstate__``, which are then used on the environment
-    in place. Objects that environments share with something outside, a callback or a global, are restored as copies.
+    in place. Objects that environments share with something outside, a callback or a global, are restored as copies, and
+    classes that a script itself defines are looked for in the script that resumes.
 
     **Exact with** ``SubprocVecEnv`` too if every environment is wrapped in
     :class:`~sb3_ppo_penalty.continuation.ResumableEnv`. Without that wrapper SB3 gives no safe access to an environment in
@@ -268,7 +269,8 @@ def resume(
     :raises ValueError: for a file that is torn, or for environments that are not made as they were
     """
     content = Path(path).read_bytes()
-    require(_is_complete(content), "path", str(path), "a complete checkpoint of ResumableCheckpointCallback: this one is torn")
+    allowed = "a complete checkpoint of ResumableCheckpointCallback (this file is torn, or something else)"
+    require(_is_complete(content), "path", str(path), allowed)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         snapshot: Snapshot = loads(archive.read(ENTRY))
     venv = snapshot.algorithm._wrap_env(maybe_make_env(env, verbose=0))
@@ -368,4 +370,4 @@ def _newest_first(folder: Path, name_prefix: str) -> Iterator[tuple[int, Path]]:
         if _is_complete(path.read_bytes()):
             yield number, path
         else:
-            warnings.warn(f"{path} is torn, or no checkpoint of ResumableCheckpointCallback: it is skipped", stacklevel=3)
+            warnings.warn(f"{path} is torn, or no checkpoint of ResumableCheckpointCallback: it is skipped", stacklevel=4)

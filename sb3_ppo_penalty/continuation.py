@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
 #: What a layer keeps of its own: the layers below it, what follows from its class, Monitor's open file
 LIVE_ATTRIBUTES = {"env", "envs", "venv", "class_attributes", "results_writer"}
@@ -339,6 +339,8 @@ def _environments_of(base: VecEnv) -> bytes | list[tuple[bytes, RandomStates]] |
     """
     if isinstance(base, DummyVecEnv):
         return environments_state(base.envs)
+    if not isinstance(base, SubprocVecEnv):
+        return f"live in a {type(base).__qualname__}, which is known neither as a DummyVecEnv nor as a SubprocVecEnv"
     # Nothing else may be asked of another process: what it cannot pickle, or does not have, ends it
     if not all(base.env_is_wrapped(ResumableEnv)):
         return "live where only `ResumableEnv` reaches them: wrap each in it"

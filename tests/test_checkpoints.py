@@ -81,6 +81,21 @@ class LockedVec(VecEnvWrapper):
         return self.venv.step_wait()
 
 
+class Foreign(VecEnv):
+    """Environments of which nobody knows where they live."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        for name in ("reset", "step_async", "step_wait", "close", "get_attr", "set_attr", "env_method", "seed"):
+            setattr(self, name, getattr(venv, name))
+        super().__init__(venv.num_envs, venv.observation_space, venv.action_space)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
+        raise NotImplementedError
+
+
+Foreign.__abstractmethods__ = frozenset()  # set by its constructor
+
+
 class Inner(gym.Env, EzPickle):
     """What says of itself that its constructor's arguments are all of it."""
 
@@ -666,6 +681,7 @@ def locked(**vec_env: Any) -> VecEnv:
             ),
             r"cannot be pickled \(HidesAnother\.hidden: Inner is an EzPickle",
         ),
+        (lambda: VecNormalize(Foreign(locked())), "live in a Foreign, which is known neither"),
         (lambda: VecNormalize(locked(vec_env_cls=SubprocVecEnv)), "live where only `ResumableEnv` reaches them"),
     ],
 )
