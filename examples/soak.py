@@ -35,9 +35,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 
 from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, latest_checkpoint, resume
 
-N_STEPS, N_ENVS = 256, 4
+N_ENVS = 4
+KL_COEF_BOUNDS = (1e-3, 1e3)
 #: A hundred times the target, in nats
 KL_LIMIT = 1.0
+HYPERPARAMETERS = {"n_steps": 256, "learning_rate": 1e-3, "gamma": 0.95, "kl_coef_bounds": KL_COEF_BOUNDS}
 
 
 @dataclass
@@ -131,8 +133,8 @@ def soak(options: argparse.Namespace) -> list[Row]:
     :raises RuntimeError: if a loaded model differs from the saved one
     """
     silent = configure(None, [])
-    checkpoints = ResumableCheckpointCallback(N_STEPS, options.out / "checkpoints", keep=2)
-    model = PPOPenalty("MlpPolicy", make_env(), n_steps=N_STEPS, seed=options.seed, learning_rate=1e-3, gamma=0.95)
+    checkpoints = ResumableCheckpointCallback(HYPERPARAMETERS["n_steps"], options.out / "checkpoints", keep=2)
+    model = PPOPenalty("MlpPolicy", make_env(), seed=options.seed, **HYPERPARAMETERS)
     rows: list[Row] = []
     cycles = 0
     for call in range(1, options.learn_calls + 1):
@@ -240,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = soak(options)
-    found = violations(rows, (1e-3, 1e3), options.max_growth)
+    found = violations(rows, KL_COEF_BOUNDS, options.max_growth)
     with (options.out / "soak.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()

@@ -92,7 +92,8 @@ class Resumed(NamedTuple):
 
 class ResumableCheckpointCallback(BaseCallback):
     """
-    Writes checkpoints from which a training that was killed goes on bit for bit as if it had not been.
+    Writes checkpoints from which a training that was killed goes on bit for bit as if it had not been: of ``PPOPenalty``,
+    ``PPOClip`` and SB3's on-policy algorithms.
 
     One script starts the training and, run again after a crash, goes on with it::
 
@@ -133,7 +134,8 @@ class ResumableCheckpointCallback(BaseCallback):
     and brings a MuJoCo environment back at its start, because that is pickled as its constructor's arguments.
 
     **Not exact**, after a warning at the first checkpoint, if the environments cannot be pickled (Box2D's cannot): all but
-    them is restored, and they are reset with new seeds, which follow from the restored generators. The log's
+    them is restored, and they are reset with new seeds, which follow from the restored generators. Nor for an algorithm that
+    leaves live state out of what it saves, as sb3-contrib's ``RecurrentPPO`` does with its LSTM's. The log's
     ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks start
     anew, with their own counts at 0.
 

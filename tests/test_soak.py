@@ -23,7 +23,7 @@ def soak() -> ModuleType:
 
 
 def test_a_few_seconds(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "N_STEPS", 64)
+    monkeypatch.setitem(soak.HYPERPARAMETERS, "n_steps", 64)
     arguments = ["--minutes", "0.02", "--learn-calls", "4", "--cycles", "8", "--out", str(tmp_path)]
     # So short a time is warm-up throughout
     assert soak.main([*arguments, "--max-growth", "25"]) == 0
