@@ -1,5 +1,7 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
+from sb3_ppo_penalty.checkpoints import ResumableCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_penalty.continuation import ResumableEnv
 from sb3_ppo_penalty.kl_control import DualAscent, KLController, KLReading, Proportional
 from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -21,8 +23,12 @@ __all__ = [
     "PPOClip",
     "PPOPenalty",
     "Proportional",
+    "ResumableCheckpointCallback",
+    "ResumableEnv",
     "RewardToGoDictRolloutBuffer",
     "RewardToGoRolloutBuffer",
     "UnsafeFileError",
     "__version__",
+    "latest_checkpoint",
+    "resume",
 ]

@@ -23,6 +23,8 @@ LAW = {
     "distributions": {"torch", "numpy", SB3, "divergence"},
     "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
     "rollout": {"torch", "numpy", "gymnasium", SB3},
+    "continuation": {"torch", "numpy", "gymnasium", SB3, "cloudpickle"},
+    "checkpoints": {"torch", SB3, "arguments", "continuation"},
     "update": {"torch", SB3, "losses", "rollout"},
     "compiled": {"torch", SB3, "losses", "rollout", "update"},
     "safe_archive": {"torch", SB3},
@@ -32,7 +34,18 @@ LAW = {
     | {"update", "compiled", "safe_load"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"},
-    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "safe_archive", "version"},
+    "__init__": {
+        "checkpoints",
+        "continuation",
+        "kl_control",
+        "kl_penalty",
+        "policies",
+        "ppo_clip",
+        "ppo_penalty",
+        "rollout",
+        "safe_archive",
+        "version",
+    },
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {

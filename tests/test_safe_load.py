@@ -232,7 +232,7 @@ def test_objects_with_other_fields_are_refused(name: str, fields: dict[str, Any]
     content = saved(train(PPOPenalty, "MlpPolicy", pendulum(), kl_controller="dual"))
     entry = json.loads(members(content)["data"])[name]
     load(edited(content, **{name: entry}), env)
-    with pytest.raises(UnsafeFileError, match="kl_|Infinity"):
+    with pytest.raises(UnsafeFileError, match=r"kl_|Infinity"):
         load(edited(content, **{name: {**entry, **fields}}), env)
 
 

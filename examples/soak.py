@@ -1,0 +1,257 @@
+"""
+Soak test: train, save, load and resume for an hour, and watch that nothing grows and nothing leaves its bounds.
+
+    python examples/soak.py --minutes 60
+
+20 calls of ``learn``, every second one with ``reset_num_timesteps=False`` on a model that was resumed from a checkpoint, share
+the time; after each come 5 of 100 cycles of ``save`` and ``load``, whose models must be equal. The first quarter warms up;
+from there to the end the resident memory may not grow by 1 % nor the number of open files by one, and all the time ``kl_coef``
+must lie within its bounds and the measured KL between 0 and ``KL_LIMIT``.
+
+Writes ``soak.csv`` and ``soak.md`` into ``--out`` and exits with status 1 if anything was violated. For Linux: reads /proc.
+"""
+
+import argparse
+import csv
+import gc
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks are faster on one thread
+
+import gymnasium as gym
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+
+from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, latest_checkpoint, resume
+
+N_ENVS = 4
+KL_COEF_BOUNDS = (1e-3, 1e3)
+#: A hundred times the target, in nats
+KL_LIMIT = 1.0
+HYPERPARAMETERS = {"n_steps": 256, "learning_rate": 1e-3, "gamma": 0.95, "kl_coef_bounds": KL_COEF_BOUNDS}
+
+
+@dataclass
+class Row:
+    """
+    What a call of ``learn`` and the cycles after it came to.
+
+    :param call: number of the call, from 1
+    :param reset: whether it counted its steps from 0
+    :param steps: environment steps
+    :param updates: of the policy
+    :param kl_min: smallest measured KL(old || new), in nats
+    :param kl_max: largest one
+    :param kl_coef_min: smallest coefficient
+    :param kl_coef_max: largest one
+    :param cycles: of ``save`` and ``load`` so far
+    :param rss_mib: resident memory afterwards, in MiB
+    :param files: open files afterwards
+    """
+
+    call: int
+    reset: bool
+    steps: int
+    updates: int
+    kl_min: float
+    kl_max: float
+    kl_coef_min: float
+    kl_coef_max: float
+    cycles: int
+    rss_mib: float
+    files: int
+
+
+class Watch(BaseCallback):
+    """
+    Notes the KL and the coefficient after every update, and ends training when the time is over.
+
+    :param seconds: of training; there is one update at least
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+        self.kls: list[float] = []
+        self.kl_coefs: list[float] = []
+
+    def _on_training_start(self) -> None:
+        self.end = time.monotonic() + self.seconds
+        self.begun = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        # What the update recorded; a resumed model brings the last one before the checkpoint with it
+        if self.num_timesteps > self.begun:
+            self.kls.append(self.logger.name_to_value["train/kl"])
+            self.kl_coefs.append(self.model.kl_coef)
+
+    def _on_step(self) -> bool:
+        return not self.kls or time.monotonic() < self.end
+
+
+def make_env() -> VecEnv:
+    """:return: pendulums. VecMonitor, because Monitor keeps the return of every episode for ever, which is growth."""
+    return VecNormalize(VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * N_ENVS)))
+
+
+def same(one: PPOPenalty, other: PPOPenalty) -> bool:
+    """
+    :param one: a model
+    :param other: the same, loaded
+    :return: whether parameters, optimizer and coefficient are equal
+    """
+    states = [(model.policy.state_dict(), model.policy.optimizer.state_dict()["state"]) for model in (one, other)]
+    tensors = [
+        [*parameters.values(), *(tensor for moments in optimizer.values() for tensor in moments.values())]
+        for parameters, optimizer in states
+    ]
+    equal = all(th.equal(left, right) for left, right in zip(*tensors, strict=True))
+    return equal and one.kl_coef == other.kl_coef and one.num_timesteps == other.num_timesteps
+
+
+def resident_mib() -> float:
+    """:return: this process's resident memory, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def soak(options: argparse.Namespace) -> list[Row]:
+    """
+    :param options: of the command line
+    :return: a row for each call of ``learn``
+    :raises RuntimeError: if a loaded model differs from the saved one
+    """
+    silent = configure(None, [])
+    checkpoints = ResumableCheckpointCallback(HYPERPARAMETERS["n_steps"], options.out / "checkpoints", keep=2)
+    model = PPOPenalty("MlpPolicy", make_env(), seed=options.seed, **HYPERPARAMETERS)
+    rows: list[Row] = []
+    cycles = 0
+    for call in range(1, options.learn_calls + 1):
+        reset = call % 2 == 1
+        if not reset:
+            model, _ = resume(latest_checkpoint(options.out / "checkpoints"), make_env(), checkpoints)
+        model.set_logger(silent)
+        watch = Watch(60 * options.minutes / options.learn_calls)
+        before, updates = 0 if reset else model.num_timesteps, model._n_updates
+        model.learn(10**9, [watch, checkpoints], reset_num_timesteps=reset)
+        while cycles < options.cycles * call // options.learn_calls:
+            cycles += 1
+            model.save(options.out / "model")
+            loaded = PPOPenalty.load(options.out / "model", env=model.get_env())
+            if not same(model, loaded):
+                raise RuntimeError(
+                    f"after {model.num_timesteps} steps of call {call} the loaded model differs from the saved one"
+                )
+            model = loaded
+        gc.collect()
+        figures = [min(watch.kls), max(watch.kls), min(watch.kl_coefs), max(watch.kl_coefs)]
+        done = model.num_timesteps - before, (model._n_updates - updates) // model.n_epochs
+        rows.append(Row(call, reset, *done, *figures, cycles, round(resident_mib(), 2), len(os.listdir("/proc/self/fd"))))
+    return rows
+
+
+def growth(rows: Sequence[Row]) -> float:
+    """
+    :param rows: of the whole soak
+    :return: by how many percent the memory grew from the second quarter of the calls to the last, medians of both
+    """
+    quarter = max(len(rows) // 4, 1)
+    early = statistics.median(row.rss_mib for row in rows[quarter : 2 * quarter])
+    return 100 * (statistics.median(row.rss_mib for row in rows[-quarter:]) / early - 1)
+
+
+def violations(rows: Sequence[Row], bounds: tuple[float, float], max_growth: float) -> list[str]:
+    """
+    :param rows: of the whole soak
+    :param bounds: of the coefficient
+    :param max_growth: of the memory, in percent
+    :return: a sentence for each thing that must not be
+    """
+    found = []
+    for row in rows:
+        if not all(math.isfinite(figure) for figure in (row.kl_min, row.kl_max, row.kl_coef_min, row.kl_coef_max)):
+            found.append(f"call {row.call}: a figure is not finite")
+        if row.kl_min < 0 or row.kl_max > KL_LIMIT:
+            found.append(f"call {row.call}: KL from {row.kl_min:g} to {row.kl_max:g}, allowed is 0 to {KL_LIMIT:g}")
+        if row.kl_coef_min < bounds[0] or row.kl_coef_max > bounds[1]:
+            found.append(f"call {row.call}: kl_coef from {row.kl_coef_min:g} to {row.kl_coef_max:g}, allowed is {bounds}")
+    warm = rows[len(rows) // 4].files
+    found += [f"call {row.call}: {row.files} open files, {warm} after the warm-up" for row in rows if row.files > warm]
+    if growth(rows) >= max_growth:
+        found.append(f"resident memory grew by {growth(rows):.2f} %, allowed is less than {max_growth:g} %")
+    return found
+
+
+def report(rows: Sequence[Row], found: Sequence[str], options: argparse.Namespace) -> str:
+    """
+    :param rows: of the whole soak
+    :param found: violations
+    :param options: of the command line
+    :return: markdown
+    """
+    names = list(asdict(rows[0]))
+    table = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = (
+            f"{cell:.4g}" if isinstance(cell, float) and name != "rss_mib" else cell for name, cell in asdict(row).items()
+        )
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    head = (
+        f"{options.minutes:g} minutes of training, {len(rows)} calls of `learn`, {rows[-1].cycles} cycles of save and load, "
+        f"{sum(row.steps for row in rows):,} steps; memory {growth(rows):+.2f} %; Python {platform.python_version()}, "
+        f"PyTorch {th.__version__}, Stable-Baselines3 {stable_baselines3.__version__}, {platform.machine()}"
+    )
+    verdict = ["Violations:", "", *(f"- {each}" for each in found)] if found else ["Nothing was violated."]
+    return "\n".join(["# Soak", "", head, "", *table, "", *verdict, ""])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """
+    :param arguments: of the command line
+    :return: with their defaults
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--learn-calls", type=int, default=20)
+    parser.add_argument("--cycles", type=int, default=100, help="of save and load")
+    parser.add_argument("--max-growth", type=float, default=1, help="of the resident memory after the warm-up, in percent")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
+    options = parser.parse_args(arguments)
+    if options.learn_calls < 4:
+        parser.error("--learn-calls: at least 4, to have quarters")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    :param arguments: of the command line
+    :return: 1 if something was violated, else 0
+    """
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = soak(options)
+    found = violations(rows, KL_COEF_BOUNDS, options.max_growth)
+    with (options.out / "soak.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    text = report(rows, found, options)
+    (options.out / "soak.md").write_text(text)
+    print(text)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
