@@ -4,10 +4,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,15 +36,33 @@ def test_wheel_holds_the_package_its_types_and_its_data(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
 
 
-def test_metadata_says_what_it_needs(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
     archive = zipfile.ZipFile(wheel)
     name = next(name for name in archive.namelist() if name.endswith("METADATA"))
-    metadata = Parser().parsestr(archive.read(name).decode())
-    needs = [need.split(">")[0] for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
-    assert sorted(needs) == ["gymnasium", "sb3-contrib", "stable-baselines3", "torch"]
+    return Parser().parsestr(archive.read(name).decode())
+
+
+def needs_of(metadata: Message) -> dict[str, Requirement]:
+    requirements = map(Requirement, metadata.get_all("Requires-Dist"))
+    return {requirement.name: requirement for requirement in requirements if requirement.marker is None}
+
+
+def test_metadata_says_what_it_needs(metadata: Message) -> None:
+    assert sorted(needs_of(metadata)) == ["gymnasium", "numpy", "sb3-contrib", "stable-baselines3", "torch"]
     assert metadata["Name"] == "sb3-ppo-penalty"
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     assert "PPOPenalty" in metadata.get_payload()
+
+
+def test_the_oldest_versions_that_it_admits_are_those_it_is_tested_with(metadata: Message) -> None:
+    lines = (ROOT / "tests" / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    for name, need in needs_of(metadata).items():
+        (admitted,) = need.specifier
+        assert admitted.operator == ">="
+        # torch alone is older than tested
+        assert name == "torch" or Version(admitted.version) == Version(tested[name])
 
 
 def test_installed_wheel_trains(wheel: Path, tmp_path: Path) -> None:
