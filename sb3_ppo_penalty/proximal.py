@@ -1,6 +1,7 @@
 """The one constructor, the one train loop and the one place that logs, for every algorithm of the package."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,12 +38,16 @@ class Drift(NamedTuple):
     :param kl_estimate: the same, estimated from the actions taken (k3), in nats
     :param effective_sample_size: of the importance weights, as a fraction
     :param max_ratio: the largest importance weight
+    :param kl_max_state: the largest KL(old || new) of a state, in nats
+    :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
     """
 
     kl: float
     kl_estimate: float
     effective_sample_size: float
     max_ratio: float
+    kl_max_state: float
+    kl_p99: float
 
 
 def passed_on(constructor: Callable[..., None], scope: dict[str, Any]) -> dict[str, Any]:
@@ -409,12 +414,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 distribution = self.policy.get_distribution(chunk.observations)
                 kl.append(kl_divergence(chunk.old, parameters_of(distribution)))
                 log_ratio.append(distribution.log_prob(chunk.actions) - chunk.old_log_prob)
-            log_ratios = th.cat(log_ratio)
+            log_ratios, kls = th.cat(log_ratio), th.cat(kl)
             measures = (
-                th.cat(kl).mean(),
+                kls.mean(),
                 losses.k3_estimate(log_ratios),
                 losses.effective_sample_size(log_ratios),
                 log_ratios.max().exp(),
+                kls.max(),
+                # One of the states', so that it never exceeds the largest; torch's quantile is limited to 2^24 values
+                kls.kthvalue(math.ceil(0.99 * len(kls))).values,
             )
             return Drift(*th.stack(measures).tolist())
 

@@ -19,7 +19,7 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0}
 
 
 def drift(kl: float) -> Drift:
-    return Drift(kl=kl, kl_estimate=kl, effective_sample_size=1.0, max_ratio=1.0)
+    return Drift(**{**dict.fromkeys(Drift._fields, 1.0), "kl": kl})
 
 
 def model_with(**options) -> PPOPenalty:
@@ -62,6 +62,9 @@ def test_logged_kl_is_the_divergence_from_the_policy_that_acted(name: str, tmp_p
     assert divergence.shape == (64,)
     assert logged["train/kl"] > 1e-7
     assert logged["train/kl"] == pytest.approx(divergence.mean().item(), rel=1e-3, abs=1e-7)
+    # Of 64 states the last exceeds 99 %: ceil(0.99 * 64) = 64
+    for key in ("kl_max_state", "kl_p99"):
+        assert logged[f"train/{key}"] == pytest.approx(divergence.max().item(), rel=1e-3, abs=1e-7)
 
 
 def test_diagnostics_agree_with_the_rollout() -> None:
@@ -80,6 +83,22 @@ def test_diagnostics_agree_with_the_rollout() -> None:
     assert logged["train/effective_sample_size"] == pytest.approx(ratio.sum() ** 2 / (64 * (ratio**2).sum()), rel=1e-4)
     assert logged["train/kl_estimate"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
     assert logged["train/max_ratio"] > 1.05  # far enough from 1 for the figures above to mean something
+
+
+def test_the_99th_percentile_is_what_99_percent_of_the_states_do_not_exceed() -> None:
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, "n_steps": 400, "batch_size": 40}, learning_rate=1e-2)
+    model.learn(400)
+    frozen = model._freeze_rollout()
+    with th.no_grad():
+        model.policy.action_net.weight.mul_(1.5)
+        means, moved = frozen.old.per_state[0], model.policy.get_distribution(frozen.observations).mode()
+    # In one dimension with variance 1/2
+    kls = np.sort(((means - moved).double() ** 2).numpy().ravel())
+    drift = model._measure_drift(frozen)
+    assert len(kls) == 400
+    assert drift.kl_p99 == pytest.approx(kls[395], rel=1e-4)  # 396 of 400 are no larger
+    assert drift.kl_max_state == pytest.approx(kls[399], rel=1e-4)
+    assert drift.kl_p99 < 0.999 * drift.kl_max_state
 
 
 def test_a_heavier_penalty_keeps_the_policy_nearer() -> None:
