@@ -25,7 +25,7 @@ from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, r
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
-from sb3_ppo_penalty.update import EagerStepper, Settings, Step, Stepper, Terms, minibatch_mean
+from sb3_ppo_penalty.update import EagerStepper, Roles, Settings, Step, Stepper, Terms, minibatch_mean, reached
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
 
@@ -87,12 +87,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     :param clip_range: as in PPO; a subclass may allow None
     :param target_kl: what it means is the subclass's matter
+    :param max_grad_norm: the largest length of the gradient; or a pair, for the actor's and for the critic's, which are then
+        clipped apart: with one number a large gradient of either leaves little of the other's. Weights that both use, as
+        those of a shared features extractor, count to the actor
     :param compile: run each minibatch's step (loss, gradient, clipping, Adam) as one graph made by ``torch.compile``: several
         times as fast on small networks after some 20 seconds of compilation, the same weights up to rounding. Where torch or
         the machine cannot compile, a warning says why and training goes on without
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
+    #: A pair clips the actor's and the critic's gradient apart
+    max_grad_norm: Any
     #: Keeps compiled graphs from update to update; no file holds it
     _compiler: Any = None
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -116,7 +121,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
+        max_grad_norm: float | tuple[float, float] = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -185,10 +190,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("clip_range_vf", self.clip_range_vf, 0, open_below=True, optional=True, schedule=True)
         require_number("ent_coef", self.ent_coef, 0)
         require_number("vf_coef", self.vf_coef, 0)
-        require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True, infinite=True)
+        self._check_max_grad_norm()
         require(isinstance(self.compile, bool), "compile", self.compile, "True or False")
         require_integer("stats_window_size", self._stats_window_size, 1)
         self._check_rollout()
+
+    def _check_max_grad_norm(self) -> None:
+        """
+        :raises ValueError: if it is neither a length nor a pair of them
+        """
+        limits: Any = self.max_grad_norm
+        pair = isinstance(limits, (tuple, list))
+        require(not pair or len(limits) == 2, "max_grad_norm", limits, "one number, or two: (actor, critic)")
+        for limit in limits if pair else [limits]:
+            require_number("max_grad_norm", limit, 0, open_below=True, infinite=True)
+        if pair:
+            # A tuple also where JSON or YAML made a list of it
+            self.max_grad_norm = (float(limits[0]), float(limits[1]))
 
     def _check_rollout(self) -> None:
         """
@@ -270,8 +288,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "ent_coef": self.ent_coef or None,
             "vf_coef": self.vf_coef,
             "max_grad_norm": self.max_grad_norm,
+            # Asked for only where they are clipped apart
+            "actor": self._roles().actor if isinstance(self.max_grad_norm, tuple) else None,
+            "learning": None,
             "stop_kl": None,
         }
+
+    def _roles(self) -> Roles:
+        """
+        :return: which weights the actions' distribution depends on, and which the value
+        """
+        observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+        self.policy.set_training_mode(False)
+        parameters = parameters_of(self.policy.get_distribution(observations))
+        actor = reached(self.policy, [*parameters.per_state, *parameters.shared])
+        critic = reached(self.policy, [self.policy.predict_values(observations)])
+        self.policy.set_training_mode(True)
+        return Roles(actor, critic)
 
     def _scheduled(self, schedule: Any) -> float | None:
         """
@@ -282,7 +315,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _stepper(self, settings: Settings, batch_size: int) -> Stepper:
         """
-        :param settings: of this update
+        :param settings: of its steps
         :param batch_size: of all minibatches but an epoch's last
         :return: makes the optimizer's steps
         """
@@ -327,7 +360,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         before = deepcopy((self.policy.state_dict(), self.policy.optimizer.state_dict(), self._n_updates))
         yield
-        figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, step.grad_norm)]
+        figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, *step.grad_norms)]
         weights = th.nn.utils.get_total_norm(self.policy.parameters())
         if th.isfinite(th.stack([*figures, weights])).all():
             return
@@ -457,6 +490,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "clip_range": float("inf") if clip_range is None else clip_range,
             **drift._asdict(),
         }
+        figures |= self._gradient_norms([step for epoch in epochs for step in epoch])
         if hasattr(self.policy, "log_std"):
             figures["std"] = self.policy.log_std.exp().mean().item()
         if settings["clip_range_vf"] is not None:
@@ -464,6 +498,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         for name, figure in figures.items():
             self.logger.record(f"train/{name}", figure)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _gradient_norms(self, steps: list[Step]) -> dict[str, float]:
+        """
+        :param steps: of an update; the one that an early stop kept from being made has no gradient
+        :return: mean length of the gradient, or of its parts, before it was clipped
+        """
+        names = ("grad_norm_actor", "grad_norm_critic") if isinstance(self.max_grad_norm, tuple) else ("grad_norm",)
+        made = [step.grad_norms for step in steps if step.grad_norms]
+        return {name: minibatch_mean(th.mean, norms) for name, norms in zip(names, zip(*made, strict=True), strict=False)}
 
     def learn(
         self: SelfProximal,

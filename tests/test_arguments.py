@@ -154,6 +154,10 @@ WRONG = [
     ("max_grad_norm", -0.5),
     ("max_grad_norm", math.nan),
     ("max_grad_norm", None),
+    ("max_grad_norm", (0.5,)),
+    ("max_grad_norm", (0.5, 0.0)),
+    ("max_grad_norm", [math.nan, 0.5]),
+    ("max_grad_norm", [0.5, "0.5"]),
     ("target_kl", 0),
     ("target_kl", -0.01),
     ("target_kl", math.inf),
@@ -392,11 +396,20 @@ def parameters_of_constructor(algorithm_class):
 @pytest.mark.parametrize(
     ("algorithm_class", "own_defaults", "added"),
     [
-        (PPOClip, {}, []),
+        (PPOClip, {}, ["compile"]),
         (
             PPOPenalty,
             {"clip_range": None, "target_kl": 0.01},
-            ["kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty"],
+            [
+                "compile",
+                "kl_coef",
+                "kl_min",
+                "kl_max",
+                "kl_coef_factor",
+                "kl_coef_bounds",
+                "kl_controller",
+                "kl_penalty",
+            ],
         ),
     ],
 )

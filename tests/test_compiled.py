@@ -39,7 +39,7 @@ CASES = {
         PPOPenalty,
         {"env": "Reacher-v5", "policy_kwargs": {**TINY, "covariance": [[0.5, 0.1], [0.1, 0.3]]}},
     ),
-    "penalty, Discrete": (PPOPenalty, {"env": "CartPole-v1"}),
+    "penalty, Discrete, clipped apart": (PPOPenalty, {"env": "CartPole-v1", "max_grad_norm": (0.05, 0.5)}),
     "clip, early stop": (PPOClip, {"target_kl": 0.0005, "learning_rate": 1e-3, "n_epochs": 6}),
     "clip, ragged, gSDE": (PPOClip, {"batch_size": 20, "use_sde": True}),
 }

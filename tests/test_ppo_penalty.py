@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
@@ -311,3 +312,52 @@ def test_dropout_does_not_blur_the_measured_divergence(algorithm) -> None:
     model.learn(64)
     assert model.logger.name_to_value["train/kl"] == 0
     assert model.logger.name_to_value["train/max_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+class Shared(BaseFeaturesExtractor):
+    """A trunk with weights, used by actor and critic."""
+
+    def __init__(self, observation_space) -> None:
+        super().__init__(observation_space, features_dim=4)
+        self.layer = th.nn.Linear(3, 4)
+
+    def forward(self, observations):
+        return th.tanh(self.layer(observations))
+
+
+def displacements(algorithm, shared: bool, **options) -> tuple[dict[str, float], dict[str, float]]:
+    """How far one step of plain gradient descent with a rate of 1 moves each part, and what was logged."""
+    kwargs = {"optimizer_class": th.optim.SGD, "net_arch": [8]} | ({"features_extractor_class": Shared} if shared else {})
+    one_step = {"n_steps": 64, "batch_size": 64, "n_epochs": 1, "seed": 0, "learning_rate": 1.0}
+    model = algorithm("MlpPolicy", "Pendulum-v1", **one_step, policy_kwargs=kwargs, **options)
+    before = {name: weight.detach().clone() for name, weight in model.policy.named_parameters()}
+    model.learn(64)
+    parts = {"actor": 0.0, "critic": 0.0, "trunk": 0.0}
+    for name, weight in model.policy.named_parameters():
+        part = "trunk" if "features_extractor" in name else "critic" if "value" in name else "actor"
+        parts[part] += (weight.detach() - before[name]).square().sum().item()
+    return {part: math.sqrt(square) for part, square in parts.items()}, model.logger.name_to_value
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own networks", "shared trunk"])
+@pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
+def test_gradients_of_actor_and_critic_are_clipped_apart(algorithm, shared: bool) -> None:
+    """What gradient descent moves without clipping is the gradient: clipping brings each part to its own length."""
+    whole, logged = displacements(algorithm, shared, max_grad_norm=math.inf)
+    actor = math.hypot(whole["actor"], whole["trunk"])  # a trunk that both use counts to the actor
+    assert logged["train/grad_norm"] == pytest.approx(math.hypot(actor, whole["critic"]), rel=1e-4)
+    assert min(actor, whole["critic"]) > 0.1
+    assert (whole["trunk"] > 0.1) == shared
+    for limits in ((0.03, 0.07), (math.inf, 0.07), [0.03, math.inf]):
+        moved, logged = displacements(algorithm, shared, max_grad_norm=limits)
+        assert math.hypot(moved["actor"], moved["trunk"]) == pytest.approx(min(limits[0], actor), rel=1e-3)
+        assert moved["critic"] == pytest.approx(min(limits[1], whole["critic"]), rel=1e-3)
+        assert logged["train/grad_norm_actor"] == pytest.approx(actor, rel=1e-4)
+        assert logged["train/grad_norm_critic"] == pytest.approx(whole["critic"], rel=1e-4)
+        assert "train/grad_norm" not in logged
+
+
+def test_a_pair_of_limits_survives_save_and_load(tmp_path) -> None:
+    PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, max_grad_norm=[1, 2.5]).save(tmp_path / "model")
+    assert PPOPenalty.load(tmp_path / "model").max_grad_norm == (1.0, 2.5)
+    assert PPOPenalty.load(tmp_path / "model", max_grad_norm=0.5).max_grad_norm == 0.5
