@@ -1,5 +1,6 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
+from sb3_ppo_penalty.guard import Guard
 from sb3_ppo_penalty.kl_control import DualAscent, KLController, KLReading, Proportional
 from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -12,6 +13,7 @@ __all__ = [
     "DOCUMENT_RECIPE",
     "CnnPolicy",
     "DualAscent",
+    "Guard",
     "KLController",
     "KLPenalty",
     "KLReading",

@@ -1,6 +1,7 @@
 """The one constructor, the one train loop and the one place that logs, for every algorithm of the package."""
 
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -81,7 +82,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     What PPO-clip and PPO-penalty share: everything but the policy's objective and what follows an update.
 
     Collection, callbacks, ``learn``, ``save`` and ``load`` are SB3's. A subclass implements :meth:`_policy_objective` and may
-    extend :meth:`_settings`, :meth:`_after_update` and :meth:`_check_arguments`.
+    extend :meth:`_settings`, :meth:`_steppers`, :meth:`_after_update` and :meth:`_check_arguments`.
 
     The arguments are those of ``stable_baselines3.PPO``, in its order and with its defaults; see there.
 
@@ -266,8 +267,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         rollout = self._freeze_rollout()
         epochs: list[list[Step]] = []
         with self._undone_if_not_finite(rollout, settings, epochs):
-            step = self._stepper(settings, min(self.batch_size, len(rollout)))
-            for _ in range(self.n_epochs):
+            for step in self._steppers(rollout, settings):
                 epochs.append(list(one_epoch(rollout.minibatches(self.batch_size), step)))
                 self._n_updates += 1
                 if epochs[-1][-1].stopped:
@@ -312,6 +312,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :return: its value now
         """
         return None if schedule is None else float(schedule(self._current_progress_remaining))
+
+    def _steppers(self, rollout: Rollout, settings: Settings) -> Iterator[Stepper]:
+        """
+        What makes the steps of each epoch; a subclass may look between two epochs at what became of the policy.
+
+        :param rollout: frozen
+        :param settings: of this update
+        :return: one for each epoch
+        """
+        step = self._stepper(settings, min(self.batch_size, len(rollout)))
+        yield from itertools.repeat(step, self.n_epochs)
 
     def _stepper(self, settings: Settings, batch_size: int) -> Stepper:
         """

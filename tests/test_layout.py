@@ -25,11 +25,13 @@ LAW = {
     "rollout": {"torch", "numpy", "gymnasium", SB3},
     "update": {"torch", SB3, "losses", "rollout"},
     "compiled": {"torch", SB3, "losses", "rollout", "update"},
+    "guard": {"torch", SB3, "arguments", "divergence", "rollout", "update"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
     | {"update", "compiled"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
-    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"},
-    "__init__": {"kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
+    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
+    | {"guard"},
+    "__init__": {"guard", "kl_control", "kl_penalty", "policies", "ppo_clip", "ppo_penalty", "rollout", "version"},
 }
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {
