@@ -257,3 +257,44 @@ class PPOPenalty(ProximalAlgorithm):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+#: The paper's constants (Schulman et al. 2017, section 4 and, for MuJoCo, table 3):
+#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)``.
+#:
+#: ``kl_min`` and ``kl_max`` are left to follow ``target_kl``: the paper's band of 1.5 either way is the default. The paper's
+#: Gaussian learns its deviations: on Box actions add ``policy_kwargs=dict(learn_covariance=True)``.
+PAPER: dict[str, Any] = {
+    # Table 3: horizon, Adam's step size, epochs, minibatch, discount, GAE parameter
+    "n_steps": 2048,
+    "learning_rate": 3e-4,
+    "n_epochs": 10,
+    "batch_size": 64,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    # Table 1: the best of the three targets; section 4: the first coefficient and its factor
+    "target_kl": 0.01,
+    "kl_coef": 1.0,
+    "kl_coef_factor": 2.0,
+    "kl_controller": "document",
+}
+
+#: What keeps single states from going far where the mean stays on its target, without the ratio clip:
+#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **ROBUST)``.
+ROBUST: dict[str, Any] = {
+    # The paper's target, as in PAPER
+    "target_kl": 0.01,
+    # Exact for an update that converges, where the paper's doubling swings around the target
+    "kl_controller": "proportional",
+    # modular_rl's and TF-Agents' largest step
+    "kl_coef_factor": 1.5,
+    "kl_penalty": {
+        # modular_rl's coefficient, which has it on the mean
+        "cutoff_coef": 1000.0,
+        "per_state": True,
+        # ACER's truncation on Atari (Wang et al. 2017)
+        "max_ratio": 10.0,
+    },
+    # Heess et al. 2017: no epoch goes on beyond four times the target
+    "guard": {"action": "rollback", "max_kl_factor": 4.0},
+}

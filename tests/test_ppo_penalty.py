@@ -1,5 +1,7 @@
 """PPOPenalty: the penalty acts, the coefficient follows the rule, and both survive everything a user does to a model."""
 
+import ast
+import copy
 import math
 import warnings
 
@@ -12,7 +14,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty import PAPER, ROBUST, Guard, KLPenalty, PPOClip, PPOPenalty, Proportional
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
 from sb3_ppo_penalty.proximal import Drift
 
@@ -361,3 +363,34 @@ def test_a_pair_of_limits_survives_save_and_load(tmp_path) -> None:
     PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, max_grad_norm=[1, 2.5]).save(tmp_path / "model")
     assert PPOPenalty.load(tmp_path / "model").max_grad_norm == (1.0, 2.5)
     assert PPOPenalty.load(tmp_path / "model", max_grad_norm=0.5).max_grad_norm == 0.5
+
+
+def test_the_papers_preset() -> None:
+    """Table 3 (MuJoCo), the target of table 1, and section 4's coefficient, factor and band."""
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)
+    names = ("n_steps", "learning_rate", "n_epochs", "batch_size", "gamma", "gae_lambda", "kl_coef", "kl_coef_factor")
+    assert [getattr(model, name) for name in names] == [2048, 3e-4, 10, 64, 0.99, 0.95, 1, 2]
+    assert (model.kl_target, *model.kl_thresholds) == pytest.approx((0.01, 0.01 / 1.5, 0.01 * 1.5))
+    assert (model.clip_range, model.guard, model.kl_penalty) == (None, None, KLPenalty())
+    moved = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**PAPER, "target_kl": 0.03})
+    assert moved.kl_thresholds == pytest.approx((0.02, 0.045))
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+def test_the_robust_preset(env: str) -> None:
+    model = PPOPenalty("MlpPolicy", env, **{**SMALL, **ROBUST}, learning_rate=0.03)
+    assert model.clip_range is None
+    assert (model.kl_controller, model.guard.action) == (Proportional(), "rollback")
+    assert isinstance(model.guard, Guard)
+    assert model.kl_penalty.per_state
+    assert model.kl_penalty.max_ratio > 1
+    model.learn(256)
+    bound = model.guard.max_kl_factor * ROBUST["target_kl"]
+    assert model.logger.name_to_value["train/kl"] <= bound * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("preset", [PAPER, ROBUST], ids=["PAPER", "ROBUST"])
+def test_a_preset_can_be_printed_and_read_again(preset) -> None:
+    before = copy.deepcopy(preset)
+    PPOPenalty("MlpPolicy", "Pendulum-v1", **{**preset, **SMALL}).learn(64)
+    assert preset == before == ast.literal_eval(str(preset))
