@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sb3_ppo_penalty.losses import k3_estimate
 from sb3_ppo_penalty.rollout import Minibatch
-from sb3_ppo_penalty.update import EagerStepper, Evaluate, Settings, Step, Stepper, Terms
+from sb3_ppo_penalty.update import EagerStepper, Evaluate, Settings, Step, Stepper, Terms, clipped_together
 
 #: Takes and returns plain tensors
 Graph = Callable[..., list[th.Tensor]]
@@ -168,8 +168,28 @@ class Inputs(NamedTuple):
             steps=steps,
             others={name: tensor for name, tensor in tensors.items() if name not in learning},
             learning_rate=scalar(group["lr"]),
-            settings={name: scalar(x) if type(x) in (int, float) else x for name, x in settings.items()},
+            settings=pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, settings),
         )
+
+
+def clipped(
+    gradients: dict[str, th.Tensor | None], settings: Settings, like: th.Tensor
+) -> tuple[list[th.Tensor], dict[str, th.Tensor]]:
+    """
+    :param gradients: by the weight's name; None where the loss does not depend on it
+    :param settings: of the step
+    :param like: on the device
+    :return: length of each part of the gradient that is clipped by itself, before that; the gradients that are not None, after
+    """
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    norms = []
+    for names, limit in clipped_together(list(found), settings):
+        # torch's norm of nothing is on the CPU
+        norm = nn.utils.get_total_norm([found[name] for name in names]) if names else th.zeros_like(like)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        found.update({name: found[name] * scale for name in names})
+        norms.append(norm)
+    return norms, found
 
 
 def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions) -> list[th.Tensor]:
@@ -180,30 +200,31 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
     :param batch: some transitions
     :param loss: with the policy inside
     :param options: Adam's constants
-    :return: the terms, the gradient's length, and whether the update ends before this step (it was not made then)
+    :return: the terms, the length of each clipped part of the gradient, and whether the update ends before this step (it
+        was not made then)
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
     exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
     terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings))
-    found: tuple[th.Tensor | None, ...] = th.autograd.grad(terms.loss, list(weights.values()), allow_unused=True)
+    names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
+    gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
     with th.no_grad():
-        norm = nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
-        scale = (inputs.settings["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        norms, found = clipped(dict(zip(names, gradients, strict=True)), inputs.settings, terms.loss)
         limit = inputs.settings["stop_kl"]
         stopped = None if limit is None else k3_estimate(terms.log_ratio) > limit
-        columns = (inputs.weights.values(), inputs.exp_avg, inputs.exp_avg_sq, found, inputs.steps + 1)
-        for weight, exp_avg, exp_avg_sq, gradient, step in zip(*columns, strict=True):
-            if gradient is None:
+        columns = (inputs.weights.items(), inputs.exp_avg, inputs.exp_avg_sq, inputs.steps + 1)
+        for (name, weight), exp_avg, exp_avg_sq, step in zip(*columns, strict=True):
+            if name not in found:
                 continue
             old = (weight, exp_avg, exp_avg_sq)
-            new = adam_step(*old[:1], gradient * scale, *old[1:], step, inputs.learning_rate, options)
+            new = adam_step(*old[:1], found[name], *old[1:], step, inputs.learning_rate, options)
             for before, after in zip(old, new, strict=True):
                 before.copy_(after if stopped is None else th.where(stopped, before, after))
-        moved = th.stack([th.full((), float(gradient is not None), device=norm.device) for gradient in found])
+        moved = th.stack([th.full((), float(name in found), device=inputs.steps.device) for name in weights])
         inputs.steps.add_(moved if stopped is None else moved * ~stopped)
     # Copies: a term may be a view of a tensor of the policy's
     record = [term.detach().clone() for term in terms]
-    return [*record, norm] if stopped is None else [*record, norm, stopped]
+    return [*record, *norms] if stopped is None else [*record, *norms, stopped]
 
 
 def fixed_tensors(inputs: Inputs, batch: Minibatch) -> list[th.Tensor]:
@@ -379,4 +400,6 @@ class CompiledStepper:
             with th.no_grad():
                 record = self.graph(*self.fixed, *batch.columns)
         count = len(Terms._fields)
-        return Step(Terms(*record[:count]), record[count], stopped=len(record) > count + 1 and bool(record[-1]))
+        norms = 2 if isinstance(self.eager.settings["max_grad_norm"], tuple) else 1
+        stopped = len(record) > count + norms and bool(record[-1])
+        return Step(Terms(*record[:count]), () if stopped else tuple(record[count : count + norms]), stopped)

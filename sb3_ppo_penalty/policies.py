@@ -202,24 +202,43 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if not self.has_fixed_covariance or deterministic:
             actions, values, log_prob = super().forward(obs, deterministic)
             return actions, values, log_prob
-        assert isinstance(self.action_space, spaces.Box)
-        action_shape = self.action_space.shape
+        mean, values = self.mean_and_value(obs)
+        return self.drawn(mean, values)
+
+    def mean_and_value(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        All that the networks do to act, where the covariance is fixed.
+
+        :param obs: shape (batch, *obs_shape), or one such tensor per key
+        :return: mean actions, shape (batch, action_dim), and values, shape (batch, 1)
+        """
         features = self.extract_features(obs)
         if self.share_features_extractor:
             latent_pi, latent_vf = self.mlp_extractor(features)
         else:
             latent_pi = self.mlp_extractor.forward_actor(features[0])
             latent_vf = self.mlp_extractor.forward_critic(features[1])
-        self._get_action_dist_from_latent(latent_pi)
+        return self.action_net(latent_pi), self.value_net(latent_vf)
+
+    def drawn(self, mean: th.Tensor, values: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param mean: shape (batch, action_dim)
+        :param values: shape (batch, 1)
+        :return: what :meth:`forward` returns
+        """
+        assert isinstance(self.action_space, spaces.Box)
         assert isinstance(self.action_dist, FixedGaussianDistribution)
-        actions, log_prob = self.action_dist.sample_with_log_prob()
-        return actions.reshape(-1, *action_shape), self.value_net(latent_vf), log_prob
+        actions, log_prob = self.action_dist.proba_distribution(mean, self._constants()).sample_with_log_prob()
+        return actions.reshape(-1, *self.action_space.shape), values, log_prob
+
+    def _constants(self) -> GaussianConstants:
+        """:return: of the covariance, where they are now."""
+        return GaussianConstants(self._scale, self._whitening, self._log_normalizer, self._entropy)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         if not self.has_fixed_covariance:
             return super()._get_action_dist_from_latent(latent_pi)
-        constants = GaussianConstants(self._scale, self._whitening, self._log_normalizer, self._entropy)
-        return self.action_dist.proba_distribution(self.action_net(latent_pi), constants)
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), self._constants())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch as th
@@ -11,12 +11,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_penalty.arguments import require, require_number
+from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
 from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.losses import clipped_surrogate, surrogate
 from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm, passed_on
-from sb3_ppo_penalty.rollout import Minibatch
-from sb3_ppo_penalty.update import Settings
+from sb3_ppo_penalty.rollout import Minibatch, Rollout
+from sb3_ppo_penalty.update import Settings, Stepper
 
 #: The target of the paper's best adaptive variant (Schulman et al. 2017, table 1), in nats
 PAPER_TARGET_KL = 0.01
@@ -59,8 +60,17 @@ class PPOPenalty(ProximalAlgorithm):
         :mod:`~sb3_ppo_penalty.kl_control`. A copy is kept, and saved with all that it remembers
     :param kl_penalty: what is charged: a :class:`~sb3_ppo_penalty.kl_penalty.KLPenalty`, a dict of its fields, or the name
         of a direction; default: the document's KL(old || new) and nothing else
+    :param guard: what becomes of an update that goes too far all the same: ``"stop"``, ``"rollback"`` or ``"fixup"`` once the
+        divergence exceeds ``4 * target_kl`` after an epoch; a :class:`~sb3_ppo_penalty.guard.Guard`, or a dict of its fields;
+        default: nothing. When it acted, the coefficient follows what the guard measured then, not where it left the policy:
+        a policy that was taken back would look like one that hardly moves
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
+
+    #: Updates in a row that left the coefficient at a bound
+    _saturated_updates = 0
+    #: Of the last update; no file holds it
+    _guard_report: Report | None = None
 
     def __init__(
         self,
@@ -77,7 +87,7 @@ class PPOPenalty(ProximalAlgorithm):
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
+        max_grad_norm: float | tuple[float, float] = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -99,8 +109,8 @@ class PPOPenalty(ProximalAlgorithm):
         kl_coef_bounds: tuple[float, float] = DEFAULT_KL_COEF_BOUNDS,
         kl_controller: str | Mapping[str, Any] | KLController = "document",
         kl_penalty: str | Mapping[str, Any] | KLPenalty = "old_new",
+        guard: str | Mapping[str, Any] | Guard | None = None,
     ) -> None:
-        inherited = passed_on(ProximalAlgorithm.__init__, locals())
         # Here and not in `_setup_model`, which `load` calls after it has restored them
         self.kl_coef = kl_coef
         self.kl_min = kl_min
@@ -109,8 +119,8 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_coef_bounds = kl_coef_bounds
         self.kl_controller = make_controller(kl_controller)
         self.kl_penalty = KLPenalty.of(kl_penalty)
-        self._saturated_updates = 0
-        super().__init__(**inherited)
+        self.guard = Guard.of(guard)
+        super().__init__(**passed_on(ProximalAlgorithm.__init__, locals()))
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -129,6 +139,7 @@ class PPOPenalty(ProximalAlgorithm):
         # What `load` was given
         self.kl_controller = make_controller(self.kl_controller)
         self.kl_penalty = KLPenalty.of(self.kl_penalty)
+        self.guard = Guard.of(self.guard)
         # Plain Python: JSON in the saved file, which turns tuples into lists
         self.kl_coef_bounds = (float(bounds[0]), float(bounds[1]))
         self.kl_coef = float(self.kl_coef)
@@ -186,15 +197,30 @@ class PPOPenalty(ProximalAlgorithm):
         kl = penalty.divergence(batch.old, self._current_parameters(batch.observations))
         return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_guard_report"]
+
+    def _steppers(self, rollout: Rollout, settings: Settings) -> Iterator[Stepper]:
+        if self.guard is None:
+            return super()._steppers(rollout, settings)
+        batch_size = min(self.batch_size, len(rollout))
+        watch = Watch(self.guard, self.policy, self._roles(), rollout, settings, batch_size, self._measure_drift)
+        self._guard_report = watch.report
+        return watch.steppers(self.n_epochs, lambda wanted: self._stepper(wanted, batch_size))
+
     def _after_update(self, drift: Drift) -> None:
         target, low, high = self._aims(self._current_progress_remaining)
-        reading = KLReading(float(self.kl_coef), drift.kl, target, low, high, self.kl_coef_factor)
+        report = self._guard_report if self.guard else None
+        reached = report.kl if report and report.acted else drift.kl
+        reading = KLReading(float(self.kl_coef), reached, target, low, high, self.kl_coef_factor)
         wanted = self._wanted_kl_coef(reading)
         granted = clamp(wanted, self.kl_coef_bounds)
         change = (granted > reading.kl_coef) - (granted < reading.kl_coef)
         self._watch_saturation(saturated=granted != wanted)
         self.kl_coef = granted
         figures = {"kl_coef": granted, "kl_coef_change": change, "target_kl": target, "kl_min": low, "kl_max": high}
+        if report:
+            figures |= {f"guard_{name}": float(figure) for name, figure in vars(report).items()}
         for name, figure in figures.items():
             self.logger.record(f"train/{name}", figure)
 
@@ -231,3 +257,44 @@ class PPOPenalty(ProximalAlgorithm):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+#: The paper's constants (Schulman et al. 2017, section 4 and, for MuJoCo, table 3):
+#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)``.
+#:
+#: ``kl_min`` and ``kl_max`` are left to follow ``target_kl``: the paper's band of 1.5 either way is the default. The paper's
+#: Gaussian learns its deviations: on Box actions add ``policy_kwargs=dict(learn_covariance=True)``.
+PAPER: dict[str, Any] = {
+    # Table 3: horizon, Adam's step size, epochs, minibatch, discount, GAE parameter
+    "n_steps": 2048,
+    "learning_rate": 3e-4,
+    "n_epochs": 10,
+    "batch_size": 64,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    # Table 1: the best of the three targets; section 4: the first coefficient and its factor
+    "target_kl": 0.01,
+    "kl_coef": 1.0,
+    "kl_coef_factor": 2.0,
+    "kl_controller": "document",
+}
+
+#: What keeps single states from going far where the mean stays on its target, without the ratio clip:
+#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **ROBUST)``.
+ROBUST: dict[str, Any] = {
+    # The paper's target, as in PAPER
+    "target_kl": 0.01,
+    # Exact for an update that converges, where the paper's doubling swings around the target
+    "kl_controller": "proportional",
+    # modular_rl's and TF-Agents' largest step
+    "kl_coef_factor": 1.5,
+    "kl_penalty": {
+        # modular_rl's coefficient, which has it on the mean
+        "cutoff_coef": 1000.0,
+        "per_state": True,
+        # ACER's truncation on Atari (Wang et al. 2017)
+        "max_ratio": 10.0,
+    },
+    # Heess et al. 2017: no epoch goes on beyond four times the target
+    "guard": {"action": "rollback", "max_kl_factor": 4.0},
+}

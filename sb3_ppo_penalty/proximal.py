@@ -2,6 +2,8 @@
 
 import inspect
 import io
+import itertools
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +28,7 @@ from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, r
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
-from sb3_ppo_penalty.update import EagerStepper, Settings, Step, Stepper, Terms, minibatch_mean
+from sb3_ppo_penalty.update import EagerStepper, Roles, Settings, Step, Stepper, Terms, minibatch_mean, reached
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
 
@@ -39,12 +41,16 @@ class Drift(NamedTuple):
     :param kl_estimate: the same, estimated from the actions taken (k3), in nats
     :param effective_sample_size: of the importance weights, as a fraction
     :param max_ratio: the largest importance weight
+    :param kl_max_state: the largest KL(old || new) of a state, in nats
+    :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
     """
 
     kl: float
     kl_estimate: float
     effective_sample_size: float
     max_ratio: float
+    kl_max_state: float
+    kl_p99: float
 
 
 def passed_on(constructor: Callable[..., None], scope: dict[str, Any]) -> dict[str, Any]:
@@ -78,18 +84,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     What PPO-clip and PPO-penalty share: everything but the policy's objective and what follows an update.
 
     Collection, callbacks, ``learn``, ``save`` and ``load`` are SB3's. A subclass implements :meth:`_policy_objective` and may
-    extend :meth:`_settings`, :meth:`_after_update` and :meth:`_check_arguments`.
+    extend :meth:`_settings`, :meth:`_steppers`, :meth:`_after_update` and :meth:`_check_arguments`.
 
     The arguments are those of ``stable_baselines3.PPO``, in its order and with its defaults; see there.
 
     :param clip_range: as in PPO; a subclass may allow None
     :param target_kl: what it means is the subclass's matter
+    :param max_grad_norm: the largest length of the gradient; or a pair, for the actor's and for the critic's, which are then
+        clipped apart: with one number a large gradient of either leaves little of the other's. Weights that both use, as
+        those of a shared features extractor, count to the actor
     :param compile: run each minibatch's step (loss, gradient, clipping, Adam) as one graph made by ``torch.compile``: several
         times as fast on small networks after some 20 seconds of compilation, the same weights up to rounding. Where torch or
         the machine cannot compile, a warning says why and training goes on without
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
+    #: A pair clips the actor's and the critic's gradient apart
+    max_grad_norm: Any
     #: Keeps compiled graphs from update to update; no file holds it
     _compiler: Any = None
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -113,7 +124,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
+        max_grad_norm: float | tuple[float, float] = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -182,10 +193,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("clip_range_vf", self.clip_range_vf, 0, open_below=True, optional=True, schedule=True)
         require_number("ent_coef", self.ent_coef, 0)
         require_number("vf_coef", self.vf_coef, 0)
-        require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True, infinite=True)
+        self._check_max_grad_norm()
         require(isinstance(self.compile, bool), "compile", self.compile, "True or False")
         require_integer("stats_window_size", self._stats_window_size, 1)
         self._check_rollout()
+
+    def _check_max_grad_norm(self) -> None:
+        """
+        :raises ValueError: if it is neither a length nor a pair of them
+        """
+        limits: Any = self.max_grad_norm
+        pair = isinstance(limits, (tuple, list))
+        require(not pair or len(limits) == 2, "max_grad_norm", limits, "one number, or two: (actor, critic)")
+        for limit in limits if pair else [limits]:
+            require_number("max_grad_norm", limit, 0, open_below=True, infinite=True)
+        if pair:
+            # A tuple also where JSON or YAML made a list of it
+            self.max_grad_norm = (float(limits[0]), float(limits[1]))
 
     def _check_rollout(self) -> None:
         """
@@ -245,8 +269,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         rollout = self._freeze_rollout()
         epochs: list[list[Step]] = []
         with self._undone_if_not_finite(rollout, settings, epochs):
-            step = self._stepper(settings, min(self.batch_size, len(rollout)))
-            for _ in range(self.n_epochs):
+            for step in self._steppers(rollout, settings):
                 epochs.append(list(one_epoch(rollout.minibatches(self.batch_size), step)))
                 self._n_updates += 1
                 if epochs[-1][-1].stopped:
@@ -267,8 +290,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "ent_coef": self.ent_coef or None,
             "vf_coef": self.vf_coef,
             "max_grad_norm": self.max_grad_norm,
+            # Asked for only where they are clipped apart
+            "actor": self._roles().actor if isinstance(self.max_grad_norm, tuple) else None,
+            "learning": None,
             "stop_kl": None,
         }
+
+    def _roles(self) -> Roles:
+        """
+        :return: which weights the actions' distribution depends on, and which the value
+        """
+        observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+        self.policy.set_training_mode(False)
+        parameters = parameters_of(self.policy.get_distribution(observations))
+        actor = reached(self.policy, [*parameters.per_state, *parameters.shared])
+        critic = reached(self.policy, [self.policy.predict_values(observations)])
+        self.policy.set_training_mode(True)
+        return Roles(actor, critic)
 
     def _scheduled(self, schedule: Any) -> float | None:
         """
@@ -277,9 +315,20 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         return None if schedule is None else float(schedule(self._current_progress_remaining))
 
+    def _steppers(self, rollout: Rollout, settings: Settings) -> Iterator[Stepper]:
+        """
+        What makes the steps of each epoch; a subclass may look between two epochs at what became of the policy.
+
+        :param rollout: frozen
+        :param settings: of this update
+        :return: one for each epoch
+        """
+        step = self._stepper(settings, min(self.batch_size, len(rollout)))
+        yield from itertools.repeat(step, self.n_epochs)
+
     def _stepper(self, settings: Settings, batch_size: int) -> Stepper:
         """
-        :param settings: of this update
+        :param settings: of its steps
         :param batch_size: of all minibatches but an epoch's last
         :return: makes the optimizer's steps
         """
@@ -324,7 +373,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         before = deepcopy((self.policy.state_dict(), self.policy.optimizer.state_dict(), self._n_updates))
         yield
-        figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, step.grad_norm)]
+        figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, *step.grad_norms)]
         weights = th.nn.utils.get_total_norm(self.policy.parameters())
         if th.isfinite(th.stack([*figures, weights])).all():
             return
@@ -411,12 +460,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 distribution = self.policy.get_distribution(chunk.observations)
                 kl.append(kl_divergence(chunk.old, parameters_of(distribution)))
                 log_ratio.append(distribution.log_prob(chunk.actions) - chunk.old_log_prob)
-            log_ratios = th.cat(log_ratio)
+            log_ratios, kls = th.cat(log_ratio), th.cat(kl)
             measures = (
-                th.cat(kl).mean(),
+                kls.mean(),
                 losses.k3_estimate(log_ratios),
                 losses.effective_sample_size(log_ratios),
                 log_ratios.max().exp(),
+                kls.max(),
+                # One of the states', so that it never exceeds the largest; torch's quantile is limited to 2^24 values
+                kls.kthvalue(math.ceil(0.99 * len(kls))).values,
             )
             return Drift(*th.stack(measures).tolist())
 
@@ -451,6 +503,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "clip_range": float("inf") if clip_range is None else clip_range,
             **drift._asdict(),
         }
+        figures |= self._gradient_norms([step for epoch in epochs for step in epoch])
         if hasattr(self.policy, "log_std"):
             figures["std"] = self.policy.log_std.exp().mean().item()
         if settings["clip_range_vf"] is not None:
@@ -458,6 +511,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         for name, figure in figures.items():
             self.logger.record(f"train/{name}", figure)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _gradient_norms(self, steps: list[Step]) -> dict[str, float]:
+        """
+        :param steps: of an update; the one that an early stop kept from being made has no gradient
+        :return: mean length of the gradient, or of its parts, before it was clipped
+        """
+        names = ("grad_norm_actor", "grad_norm_critic") if isinstance(self.max_grad_norm, tuple) else ("grad_norm",)
+        made = [step.grad_norms for step in steps if step.grad_norms]
+        return {name: minibatch_mean(th.mean, norms) for name, norms in zip(names, zip(*made, strict=True), strict=False)}
 
     def learn(
         self: SelfProximal,

@@ -29,6 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_ppo_penalty.arguments import require, require_integer
 from sb3_ppo_penalty.distributions import covariance_tensor
+from sb3_ppo_penalty.guard import Guard
 from sb3_ppo_penalty.kl_control import DocumentRule, DualAscent, FixedCoefficient, Proportional
 from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -53,6 +54,7 @@ BUFFERS = [RolloutBuffer, DictRolloutBuffer, RewardToGoRolloutBuffer, RewardToGo
 OBJECTS: dict[str, list[type]] = {
     "kl_controller": [DocumentRule, FixedCoefficient, Proportional, DualAscent],
     "kl_penalty": [KLPenalty],
+    "guard": [Guard],
 }
 #: Classes that may stand in `policy_kwargs`, under the text that SB3 writes for each
 KWARGS_CLASSES: dict[str, list[type]] = {
@@ -198,6 +200,8 @@ def _object(entry: str, value: Any) -> Any:
     :param value: its class and fields as text and numbers, as SB3 writes them beside the pickle
     :return: an object of one of the classes known for the entry
     """
+    if value is None:
+        return None
     known = {str(each): each for each in OBJECTS[entry]}
     kind = known.get(str(value.get(":type:"))) if type(value) is Pickled else None
     names = ", ".join(each.__name__ for each in OBJECTS[entry])

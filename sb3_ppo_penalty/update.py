@@ -1,6 +1,6 @@
 """One step of the optimizer on one minibatch, operation by operation; ``compiled`` has the same step as one graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch as th
@@ -40,12 +40,13 @@ class Step(NamedTuple):
     What came of one minibatch. Everything is detached and still on the device: nothing waits for it.
 
     :param terms: before the step
-    :param grad_norm: length of the whole gradient before it was clipped, scalar
+    :param grad_norms: length before it was clipped of each part of the gradient that is clipped by itself, scalars:
+        the whole, or the actor's and the critic's
     :param stopped: whether the update ends here, and no step was made
     """
 
     terms: Terms
-    grad_norm: th.Tensor
+    grad_norms: tuple[th.Tensor, ...]
     stopped: bool
 
 
@@ -75,21 +76,93 @@ class Stepper(Protocol):
         """
 
 
+class Roles(NamedTuple):
+    """
+    Who uses which weights of a policy, by name; a weight of a shared trunk has both roles.
+
+    :param actor: those that the distribution of the actions depends on
+    :param critic: those that the value depends on
+    """
+
+    actor: tuple[str, ...]
+    critic: tuple[str, ...]
+
+
+def reached(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
+    """
+    Found by differentiation: it holds for networks of any make.
+
+    :param policy: whose weights are asked for
+    :param outputs: computed by it, with their graph
+    :return: names of the weights that any of the outputs depends on
+    """
+    weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+    sums = [output.sum() for output in outputs if output.requires_grad]
+    gradients = th.autograd.grad(sums, list(weights.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None)
+
+
+def clipped_together(names: Iterable[str], settings: Settings) -> list[tuple[list[str], Any]]:
+    """
+    :param names: of weights
+    :param settings: of an update
+    :return: names of the weights whose gradient is clipped as one, and its largest length: all, or actor and critic
+    """
+    limits = settings["max_grad_norm"]
+    if not isinstance(limits, tuple):
+        return [(list(names), limits)]
+    actor = settings["actor"]
+    groups = [name for name in names if name in actor], [name for name in names if name not in actor]
+    return list(zip(groups, limits, strict=True))
+
+
+class Descent:
+    """
+    Downhill by one step of PyTorch's own optimizer, whatever it is.
+
+    :param policy: whose weights move
+    :param settings: see :class:`EagerStepper`
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, settings: Settings) -> None:
+        weights = dict(policy.named_parameters())
+        names = settings["learning"]
+        self.all = list(weights.values())
+        # None: whatever the loss depends on
+        self.learning = None if names is None else [weights[name] for name in names]
+        groups = clipped_together(weights if names is None else names, settings)
+        self.groups = [([weights[name] for name in group], limit) for group, limit in groups]
+        self.optimizer = policy.optimizer
+
+    def __call__(self, loss: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param loss: scalar, with its graph
+        :return: length of each clipped part of the gradient before it was clipped
+        """
+        # Without a gradient, not with one of 0: the optimizer leaves such a weight and its moments alone
+        for weight in self.all:
+            weight.grad = None
+        loss.backward(inputs=self.learning)  # type: ignore[no-untyped-call]
+        norms = tuple(nn.utils.clip_grad_norm_(group, limit).to(loss.device) for group, limit in self.groups)
+        self.optimizer.step()
+        return norms
+
+
 class EagerStepper:
     """
     The step as PyTorch's own optimizer makes it, whatever that optimizer is.
 
     :param policy: whose weights move
     :param evaluate: the loss
-    :param settings: of the loss, with ``max_grad_norm``, and ``stop_kl``: the estimate of KL(old || new), in nats, beyond
-        which the update ends, or None
+    :param settings: of the loss, with ``max_grad_norm``: one number, or one for the actor and one for the critic, with
+        ``actor``, the names of the actor's weights; ``learning``: the names of the weights that move, or None for all;
+        and ``stop_kl``: the estimate of KL(old || new), in nats, beyond which the update ends, or None
     """
 
     def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate, settings: Settings) -> None:
         self.evaluate = evaluate
         self.settings = settings
-        self.optimizer = policy.optimizer
-        self.parameters = list(policy.parameters())
+        self.descend = Descent(policy, settings)
 
     def __call__(self, batch: Minibatch) -> Step:
         """
@@ -101,10 +174,5 @@ class EagerStepper:
         limit = self.settings["stop_kl"]
         # The one place that waits for the device, as early stopping must
         if limit is not None and k3_estimate(record.log_ratio).item() > limit:
-            return Step(record, th.zeros_like(record.loss), stopped=True)
-        for parameter in self.parameters:
-            parameter.grad = None
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings["max_grad_norm"])
-        self.optimizer.step()
-        return Step(record, norm, stopped=False)
+            return Step(record, (), stopped=True)
+        return Step(record, self.descend(terms.loss), stopped=False)

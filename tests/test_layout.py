@@ -28,15 +28,18 @@ LAW = {
     "update": {"torch", SB3, "losses", "rollout"},
     "compiled": {"torch", SB3, "losses", "rollout", "update"},
     "safe_archive": {"torch", SB3},
-    "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "kl_control", "kl_penalty", "policies", "rollout"}
-    | {"safe_archive"},
+    "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "guard", "kl_control", "kl_penalty", "policies"}
+    | {"rollout", "safe_archive"},
+    "guard": {"torch", SB3, "arguments", "divergence", "rollout", "update"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
     | {"update", "compiled", "safe_load"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
-    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"},
+    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
+    | {"guard"},
     "__init__": {
         "checkpoints",
         "continuation",
+        "guard",
         "kl_control",
         "kl_penalty",
         "policies",

@@ -1,5 +1,7 @@
 """PPOPenalty: the penalty acts, the coefficient follows the rule, and both survive everything a user does to a model."""
 
+import ast
+import copy
 import math
 import warnings
 
@@ -10,8 +12,9 @@ import torch as th
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty import PAPER, ROBUST, Guard, KLPenalty, PPOClip, PPOPenalty, Proportional
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
 from sb3_ppo_penalty.proximal import Drift
 
@@ -19,7 +22,7 @@ SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0}
 
 
 def drift(kl: float) -> Drift:
-    return Drift(kl=kl, kl_estimate=kl, effective_sample_size=1.0, max_ratio=1.0)
+    return Drift(**{**dict.fromkeys(Drift._fields, 1.0), "kl": kl})
 
 
 def model_with(**options) -> PPOPenalty:
@@ -62,6 +65,9 @@ def test_logged_kl_is_the_divergence_from_the_policy_that_acted(name: str, tmp_p
     assert divergence.shape == (64,)
     assert logged["train/kl"] > 1e-7
     assert logged["train/kl"] == pytest.approx(divergence.mean().item(), rel=1e-3, abs=1e-7)
+    # Of 64 states the last exceeds 99 %: ceil(0.99 * 64) = 64
+    for key in ("kl_max_state", "kl_p99"):
+        assert logged[f"train/{key}"] == pytest.approx(divergence.max().item(), rel=1e-3, abs=1e-7)
 
 
 def test_diagnostics_agree_with_the_rollout() -> None:
@@ -80,6 +86,22 @@ def test_diagnostics_agree_with_the_rollout() -> None:
     assert logged["train/effective_sample_size"] == pytest.approx(ratio.sum() ** 2 / (64 * (ratio**2).sum()), rel=1e-4)
     assert logged["train/kl_estimate"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
     assert logged["train/max_ratio"] > 1.05  # far enough from 1 for the figures above to mean something
+
+
+def test_the_99th_percentile_is_what_99_percent_of_the_states_do_not_exceed() -> None:
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, "n_steps": 400, "batch_size": 40}, learning_rate=1e-2)
+    model.learn(400)
+    frozen = model._freeze_rollout()
+    with th.no_grad():
+        model.policy.action_net.weight.mul_(1.5)
+        means, moved = frozen.old.per_state[0], model.policy.get_distribution(frozen.observations).mode()
+    # In one dimension with variance 1/2
+    kls = np.sort(((means - moved).double() ** 2).numpy().ravel())
+    drift = model._measure_drift(frozen)
+    assert len(kls) == 400
+    assert drift.kl_p99 == pytest.approx(kls[395], rel=1e-4)  # 396 of 400 are no larger
+    assert drift.kl_max_state == pytest.approx(kls[399], rel=1e-4)
+    assert drift.kl_p99 < 0.999 * drift.kl_max_state
 
 
 def test_a_heavier_penalty_keeps_the_policy_nearer() -> None:
@@ -292,3 +314,83 @@ def test_dropout_does_not_blur_the_measured_divergence(algorithm) -> None:
     model.learn(64)
     assert model.logger.name_to_value["train/kl"] == 0
     assert model.logger.name_to_value["train/max_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+class Shared(BaseFeaturesExtractor):
+    """A trunk with weights, used by actor and critic."""
+
+    def __init__(self, observation_space) -> None:
+        super().__init__(observation_space, features_dim=4)
+        self.layer = th.nn.Linear(3, 4)
+
+    def forward(self, observations):
+        return th.tanh(self.layer(observations))
+
+
+def displacements(algorithm, shared: bool, **options) -> tuple[dict[str, float], dict[str, float]]:
+    """How far one step of plain gradient descent with a rate of 1 moves each part, and what was logged."""
+    kwargs = {"optimizer_class": th.optim.SGD, "net_arch": [8]} | ({"features_extractor_class": Shared} if shared else {})
+    one_step = {"n_steps": 64, "batch_size": 64, "n_epochs": 1, "seed": 0, "learning_rate": 1.0}
+    model = algorithm("MlpPolicy", "Pendulum-v1", **one_step, policy_kwargs=kwargs, **options)
+    before = {name: weight.detach().clone() for name, weight in model.policy.named_parameters()}
+    model.learn(64)
+    parts = {"actor": 0.0, "critic": 0.0, "trunk": 0.0}
+    for name, weight in model.policy.named_parameters():
+        part = "trunk" if "features_extractor" in name else "critic" if "value" in name else "actor"
+        parts[part] += (weight.detach() - before[name]).square().sum().item()
+    return {part: math.sqrt(square) for part, square in parts.items()}, model.logger.name_to_value
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own networks", "shared trunk"])
+@pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
+def test_gradients_of_actor_and_critic_are_clipped_apart(algorithm, shared: bool) -> None:
+    """What gradient descent moves without clipping is the gradient: clipping brings each part to its own length."""
+    whole, logged = displacements(algorithm, shared, max_grad_norm=math.inf)
+    actor = math.hypot(whole["actor"], whole["trunk"])  # a trunk that both use counts to the actor
+    assert logged["train/grad_norm"] == pytest.approx(math.hypot(actor, whole["critic"]), rel=1e-4)
+    assert min(actor, whole["critic"]) > 0.1
+    assert (whole["trunk"] > 0.1) == shared
+    for limits in ((0.03, 0.07), (math.inf, 0.07), [0.03, math.inf]):
+        moved, logged = displacements(algorithm, shared, max_grad_norm=limits)
+        assert math.hypot(moved["actor"], moved["trunk"]) == pytest.approx(min(limits[0], actor), rel=1e-3)
+        assert moved["critic"] == pytest.approx(min(limits[1], whole["critic"]), rel=1e-3)
+        assert logged["train/grad_norm_actor"] == pytest.approx(actor, rel=1e-4)
+        assert logged["train/grad_norm_critic"] == pytest.approx(whole["critic"], rel=1e-4)
+        assert "train/grad_norm" not in logged
+
+
+def test_a_pair_of_limits_survives_save_and_load(tmp_path) -> None:
+    PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, max_grad_norm=[1, 2.5]).save(tmp_path / "model")
+    assert PPOPenalty.load(tmp_path / "model").max_grad_norm == (1.0, 2.5)
+    assert PPOPenalty.load(tmp_path / "model", max_grad_norm=0.5).max_grad_norm == 0.5
+
+
+def test_the_papers_preset() -> None:
+    """Table 3 (MuJoCo), the target of table 1, and section 4's coefficient, factor and band."""
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)
+    names = ("n_steps", "learning_rate", "n_epochs", "batch_size", "gamma", "gae_lambda", "kl_coef", "kl_coef_factor")
+    assert [getattr(model, name) for name in names] == [2048, 3e-4, 10, 64, 0.99, 0.95, 1, 2]
+    assert (model.kl_target, *model.kl_thresholds) == pytest.approx((0.01, 0.01 / 1.5, 0.01 * 1.5))
+    assert (model.clip_range, model.guard, model.kl_penalty) == (None, None, KLPenalty())
+    moved = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**PAPER, "target_kl": 0.03})
+    assert moved.kl_thresholds == pytest.approx((0.02, 0.045))
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+def test_the_robust_preset(env: str) -> None:
+    model = PPOPenalty("MlpPolicy", env, **{**SMALL, **ROBUST}, learning_rate=0.03)
+    assert model.clip_range is None
+    assert (model.kl_controller, model.guard.action) == (Proportional(), "rollback")
+    assert isinstance(model.guard, Guard)
+    assert model.kl_penalty.per_state
+    assert model.kl_penalty.max_ratio > 1
+    model.learn(256)
+    bound = model.guard.max_kl_factor * ROBUST["target_kl"]
+    assert model.logger.name_to_value["train/kl"] <= bound * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("preset", [PAPER, ROBUST], ids=["PAPER", "ROBUST"])
+def test_a_preset_can_be_printed_and_read_again(preset) -> None:
+    before = copy.deepcopy(preset)
+    PPOPenalty("MlpPolicy", "Pendulum-v1", **{**preset, **SMALL}).learn(64)
+    assert preset == before == ast.literal_eval(str(preset))
