@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from sb3_ppo_penalty.losses import k3_estimate
+from sb3_ppo_penalty.policies import STAND_INS, FixedCovarianceMixin
 from sb3_ppo_penalty.rollout import Minibatch
 from sb3_ppo_penalty.update import EagerStepper, Evaluate, Settings, Step, Stepper, Terms, clipped_together
 
@@ -292,6 +293,7 @@ class Compiler:
         self.policy = policy
         self.loss = _Loss(policy, evaluate)
         self.graphs: dict[Any, Graph] = {}
+        self.actors: dict[Any, Graph | None] = {}
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
 
@@ -350,20 +352,106 @@ class Compiler:
         :param inputs: of the step
         :param batch: some transitions
         :param options: Adam's constants
-        :return: the graph, compiled at its first call
+        :return: the graph
         """
         with _traceable(self.policy):
             traced = trace(inputs, batch, self.loss, options)
-        compiled: Graph
-        if self.policy.device.type == "cuda":
-            # Launched as one CUDA graph
-            compiled = th.compile(traced, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        else:
-            # Straight to the compiler behind `torch.compile`: nothing is left to find out, and nothing to check at each call
-            with th.no_grad():
-                examples: list[Any] = [*fixed_tensors(inputs, batch), *batch.columns]
-                compiled = inductor.compile(traced, examples, {"size_asserts": False})
-        return compiled
+        return compiled(traced, [*fixed_tensors(inputs, batch), *batch.columns])
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """
+        Let the policy act through a graph of its networks, where its covariance is fixed; the draw stays as it is, and takes
+        the same random numbers.
+        """
+        policy = self.policy
+        if self.refusal is not None or not (isinstance(policy, FixedCovarianceMixin) and policy.has_fixed_covariance):
+            yield
+            return
+        networks = _Networks(policy)
+        tensors = {**dict(networks.named_parameters()), **dict(networks.named_buffers())}
+        fixed = [tensor.detach() for tensor in tensors.values()]
+
+        def mean_and_value(obs: Any) -> tuple[th.Tensor, th.Tensor]:
+            observations = list(obs.values()) if isinstance(obs, dict) else [obs]
+            key = tuple((tensor.shape, tensor.dtype) for tensor in observations)
+            if key not in self.actors:
+                self.actors[key] = self._compile_networks(networks, list(tensors), obs)
+            graph = self.actors[key]
+            if graph is None:
+                return policy.mean_and_value(obs)
+            mean, values = graph(*fixed, *observations)
+            return mean, values
+
+        STAND_INS[policy] = mean_and_value
+        try:
+            yield
+        finally:
+            del STAND_INS[policy]
+
+    def _compile_networks(self, networks: nn.Module, names: list[str], obs: Any) -> Graph | None:
+        """
+        :param networks: of the policy
+        :param names: of their tensors, in the order in which the graph takes them
+        :param obs: some observations
+        :return: a graph that takes these tensors and the observations' own, or None where torch cannot make one
+        """
+        keys = list(obs) if isinstance(obs, dict) else None
+        observations = list(obs.values()) if isinstance(obs, dict) else [obs]
+        own = {**dict(networks.named_parameters()), **dict(networks.named_buffers())}
+        tensors = [own[name].detach() for name in names]
+
+        def flat(*given: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            seen = given[len(names) :]
+            state = dict(zip(names, given, strict=False))
+            found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(
+                networks, state, (seen[0] if keys is None else dict(zip(keys, seen, strict=True)),)
+            )
+            return found
+
+        try:
+            with _traceable(self.policy), th.no_grad():
+                return compiled(make_fx(flat, tracing_mode="fake")(*tensors, *observations), [*tensors, *observations])
+        # As for the step
+        except Exception as error:
+            self.refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+            return None
+
+
+def compiled(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> Graph:
+    """
+    :param traced: takes and returns tensors
+    :param examples: such tensors, on their device
+    :return: the same, compiled
+    """
+    graph: Graph
+    if examples[0].device.type == "cuda":
+        # Launched as one CUDA graph
+        graph = th.compile(traced, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    else:
+        # Straight to the compiler behind `torch.compile`: nothing is left to find out, and nothing to check at each call
+        with th.no_grad():
+            graph = inductor.compile(traced, list[Any](examples), {"size_asserts": False})
+    return graph
+
+
+class _Networks(nn.Module):
+    """
+    What a policy of fixed covariance does before it draws, as a module.
+
+    :param policy: whose weights are exchanged
+    """
+
+    def __init__(self, policy: FixedCovarianceMixin) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: observations
+        :return: mean actions and values
+        """
+        return self.policy.mean_and_value(obs)
 
 
 class CompiledStepper:

@@ -2,7 +2,9 @@
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as th
@@ -11,6 +13,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
 
 from sb3_ppo_penalty.distributions import (
     DEFAULT_VARIANCE,
@@ -21,6 +24,9 @@ from sb3_ppo_penalty.distributions import (
 
 #: What SB3's policies take after the two spaces and the schedule, in SB3's order
 SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[4:]
+
+#: What stands in for a policy's `mean_and_value` for a while. Not on the policy, so that no copy and no file of it has it
+STAND_INS: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
 
 
 class FixedCovarianceMixin(ActorCriticPolicy):
@@ -202,8 +208,11 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if not self.has_fixed_covariance or deterministic:
             actions, values, log_prob = super().forward(obs, deterministic)
             return actions, values, log_prob
-        mean, values = self.mean_and_value(obs)
-        return self.drawn(mean, values)
+        mean, values = STAND_INS.get(self, self.mean_and_value)(obs)
+        assert isinstance(self.action_space, spaces.Box)
+        assert isinstance(self.action_dist, FixedGaussianDistribution)
+        actions, log_prob = self.action_dist.proba_distribution(mean, self._constants()).sample_with_log_prob()
+        return actions.reshape(-1, *self.action_space.shape), values, log_prob
 
     def mean_and_value(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -219,17 +228,6 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             latent_pi = self.mlp_extractor.forward_actor(features[0])
             latent_vf = self.mlp_extractor.forward_critic(features[1])
         return self.action_net(latent_pi), self.value_net(latent_vf)
-
-    def drawn(self, mean: th.Tensor, values: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        :param mean: shape (batch, action_dim)
-        :param values: shape (batch, 1)
-        :return: what :meth:`forward` returns
-        """
-        assert isinstance(self.action_space, spaces.Box)
-        assert isinstance(self.action_dist, FixedGaussianDistribution)
-        actions, log_prob = self.action_dist.proba_distribution(mean, self._constants()).sample_with_log_prob()
-        return actions.reshape(-1, *self.action_space.shape), values, log_prob
 
     def _constants(self) -> GaussianConstants:
         """:return: of the covariance, where they are now."""

@@ -7,7 +7,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -259,7 +259,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             env = IgnoreTimeLimits(env)
         if isinstance(self.policy, FixedCovarianceMixin):
             self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        with self._get_compiler().acting() if self.compile else nullcontext():
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
         """Update the policy from the rollout that was just collected."""
@@ -334,13 +335,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         if not self.compile:
             return EagerStepper(self.policy, self._evaluate, settings)
+        stepper: Stepper = self._get_compiler().stepper(settings, batch_size)
+        return stepper
+
+    def _get_compiler(self) -> Any:
+        """:return: the one that keeps this model's graphs."""
         if self._compiler is None:
             # Here, because torch's compiler takes longer to import than everything else together
             from sb3_ppo_penalty.compiled import Compiler
 
             self._compiler = Compiler(self.policy, self._evaluate)
-        stepper: Stepper = self._compiler.stepper(settings, batch_size)
-        return stepper
+        return self._compiler
 
     def _freeze_rollout(self) -> Rollout:
         """

@@ -1,14 +1,19 @@
 """The compiled step: the same weights as the eager one, SB3's own files, and a plain word where it cannot be had."""
 
+import copy
+
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import AdamOptions, adam_step
+from sb3_ppo_penalty.policies import STAND_INS
 
 SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [16]}
@@ -173,3 +178,34 @@ def test_the_guard_leaves_the_compiled_policy_where_it_leaves_the_eager_one() ->
     assert compiled.logger.name_to_value["train/kl"] == 0
     assert all(th.equal(a, b) for a, b in zip(before, compiled.policy.mlp_extractor.policy_net.parameters(), strict=True))
     assert len(compiled._compiler.graphs) == 2
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "Reacher-v5"])
+def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> None:
+    """The same actions from the same random numbers; copies of the policy and what it does elsewhere know no graph."""
+    seen = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 5:
+                seen.append((len(STAND_INS), copy.deepcopy(self.model.policy)))
+            return True
+
+    models = []
+    for compile in (False, True):
+        model = made(PPOPenalty, compile, env=env, learning_rate=0.0)
+        models.append(model.learn(model.n_steps, callback=Watch()))
+    eager, compiled = models
+    assert [count for count, _ in seen] == [0, 1]
+    assert len(STAND_INS) == 0
+    assert len(compiled._compiler.actors) == 1
+    buffers = [model.rollout_buffer for model in models]
+    for name in ("actions", "values", "log_probs", "observations", "rewards"):
+        ours, theirs = (getattr(buffer, name) for buffer in buffers)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    observation = th.as_tensor(buffers[0].observations[:3])
+    copied = seen[1][1]
+    with th.no_grad():
+        copied.value_net.bias.add_(7.0)
+        expected = compiled.policy.forward(observation)[1] + 7
+        th.testing.assert_close(copied.forward(observation)[1], expected, rtol=1e-5, atol=1e-5)
