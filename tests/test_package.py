@@ -49,7 +49,7 @@ def needs_of(metadata: Message) -> dict[str, Requirement]:
 
 
 def test_metadata_says_what_it_needs(metadata: Message) -> None:
-    assert sorted(needs_of(metadata)) == ["gymnasium", "numpy", "sb3-contrib", "stable-baselines3", "torch"]
+    assert sorted(needs_of(metadata)) == ["cloudpickle", "gymnasium", "numpy", "sb3-contrib", "stable-baselines3", "torch"]
     assert metadata["Name"] == "sb3-ppo-penalty"
     assert metadata["Requires-Python"] == ">=3.11"
     assert "PPOPenalty" in metadata.get_payload()

@@ -1157,6 +1157,7 @@ def forge(content: bytes, chance: random.Random) -> bytes:
     return packed({**outer, name: packed({**inner, record: damage(inner[record], chance)})})
 
 
+@pytest.mark.filterwarnings("ignore:With `n_steps`:UserWarning")
 def test_forged_files_load_or_are_refused(small: bytes, env, watch: Watch, tmp_path: Path, monkeypatch) -> None:
     """As above, but with the checksums of the archives made anew: what comes through is a model in working order."""
     monkeypatch.chdir(tmp_path)
