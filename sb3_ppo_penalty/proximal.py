@@ -251,7 +251,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 self._n_updates += 1
                 if epochs[-1][-1].stopped:
                     break
-        drift = self._measure_drift(rollout)
+            drift = self._measure_drift(rollout)
         self._after_update(drift)
         self._log_update(epochs, settings, drift)
 
@@ -313,9 +313,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     @contextmanager
     def _undone_if_not_finite(self, rollout: Rollout, settings: Settings, epochs: list[list[Step]]) -> Iterator[None]:
         """
-        An update, after which policy and optimizer are as they were before if anything in it was not finite.
+        An update, after which policy and optimizer are as they were before if it failed or anything in it was not finite.
 
-        Looked at once, after the last step: a look at each would make the device wait.
+        Looked at once, after the last step: a look at each would make the device wait. It may not come to that: torch's
+        distributions refuse the parameters that such weights give.
 
         :param rollout: frozen
         :param settings: of this update
@@ -323,15 +324,22 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :raises FloatingPointError: if a loss, a gradient or a weight is not finite
         """
         before = deepcopy((self.policy.state_dict(), self.policy.optimizer.state_dict(), self._n_updates))
-        yield
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
         figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, step.grad_norm)]
         weights = th.nn.utils.get_total_norm(self.policy.parameters())
-        if th.isfinite(th.stack([*figures, weights])).all():
+        finite = bool(th.isfinite(th.stack([*figures, weights])).all())
+        if finite and failure is None:
             return
         self.policy.load_state_dict(before[0])
         self.policy.optimizer.load_state_dict(before[1])
         self._n_updates = before[2]
-        raise FloatingPointError(self._what_is_not_finite(rollout, settings))
+        if finite and failure is not None:
+            raise failure
+        raise FloatingPointError(self._what_is_not_finite(rollout, settings)) from failure
 
     def _evaluate(self, batch: Minibatch, settings: Settings) -> Terms:
         """
@@ -391,10 +399,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 bad[place] += [name for name, tensor in tensors.items() if not th.isfinite(tensor).all()]
         self.policy.optimizer.zero_grad()
         buffer = self.rollout_buffer
-        arrays = {name: getattr(buffer, name) for name in ("rewards", "values", "returns", "advantages", "log_probs")}
+        names = ("actions", "rewards", "values", "returns", "advantages", "log_probs")
+        seen = buffer.observations if isinstance(buffer.observations, dict) else {"observations": buffer.observations}
+        arrays = {**seen, **{name: getattr(buffer, name) for name in names}}
         bad["rollout"] = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         found = ", ".join(f"{place} {list(dict.fromkeys(names)) or 'all finite'}" for place, names in bad.items())
         late = "" if any(bad.values()) else " (it went wrong within the update: try a lower `learning_rate`)"
+        largest = float(np.abs(buffer.returns).max())
+        if float(np.finfo(np.float32).max) ** 0.5 < largest < np.inf:
+            late = f" (returns reach {largest:.3g}, whose square is too large for float32: scale the rewards)"
         return (
             f"an update of {type(self).__name__} after {self.num_timesteps} steps is not finite: {found}{late}. "
             "The update was undone: the policy is the last good one and can be saved"
