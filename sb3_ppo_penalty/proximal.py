@@ -4,7 +4,7 @@ import inspect
 import io
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -164,6 +164,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             # Plain Python: SB3's schedules and queues refuse numpy's numbers, and the saved file keeps Python's readable
             if isinstance(value, np.generic):
                 setattr(self, name, value.item())
+        require(hasattr(self, "action_space"), "env", self.env, "an environment or the name of one")
         supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
         names = "Box, Discrete, MultiDiscrete or MultiBinary"
         require(isinstance(self.action_space, supported), "env's action space", self.action_space, names)
@@ -184,8 +185,24 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("vf_coef", self.vf_coef, 0)
         require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True, infinite=True)
         require(isinstance(self.compile, bool), "compile", self.compile, "True or False")
+        require(isinstance(self.use_sde, bool), "use_sde", self.use_sde, "True or False")
         require_integer("stats_window_size", self._stats_window_size, 1)
+        if self.seed is not None:
+            require_integer("seed", self.seed, 0)
+            require(self.seed < 2**32, "seed", self.seed, "below 2**32")
+        for name in ("policy_kwargs", "rollout_buffer_kwargs"):
+            value = getattr(self, name)
+            require(isinstance(value, Mapping), name, value, "a dict or None")
+        self._check_schedules()
         self._check_rollout()
+
+    def _check_schedules(self) -> None:
+        """:raises ValueError: naming the schedule and the progress, for an answer at either end that cannot be meant."""
+        for name, infinite in {"learning_rate": False, "clip_range": True, "clip_range_vf": False}.items():
+            schedule = getattr(self, name)
+            for progress in (1.0, 0.0) if callable(schedule) else ():
+                # 0, which a range must not be, is where schedules end
+                require_number(f"{name}({progress:g})", schedule(progress), 0, infinite=infinite)
 
     def _check_rollout(self) -> None:
         """
