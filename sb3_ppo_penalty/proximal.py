@@ -208,7 +208,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         :raises ValueError: for a rollout that cannot be normalised or a buffer whose samples would be passed over
         """
-        buffer_class = self.rollout_buffer_class or RolloutBuffer
+        buffer_class = RolloutBuffer if self.rollout_buffer_class is None else self.rollout_buffer_class
         own = {RolloutBuffer.get, DictRolloutBuffer.get}, {RolloutBuffer._get_samples, DictRolloutBuffer._get_samples}
         plain = getattr(buffer_class, "get", None) in own[0] and getattr(buffer_class, "_get_samples", None) in own[1]
         allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
