@@ -65,25 +65,17 @@ NO_REAL = NO_NUMBER | NAN
 NO_INTEGER = NO_REAL | FRACTION | NEGATIVE.filter(lambda x: x < -1) | st.sampled_from([math.inf, 16.0])
 
 
-def answers(values):
-    """Schedules that give such a value at one end at least."""
-    always = st.builds(lambda value: lambda progress: value, values)
-    late = st.builds(lambda value: lambda progress: 0.1 if progress > 0.5 else value, values)
-    return st.one_of(always, late)
-
-
 UNIT = NO_REAL | NONE | NEGATIVE | ABOVE_ONE | INFINITE
 POSITIVE_OR_NONE = NO_REAL | NEGATIVE | ZERO | INFINITE
-WRONG_ANSWER = NO_REAL | NONE | NEGATIVE | INFINITE
 WRONG = {
-    "learning_rate": NO_REAL | NONE | NEGATIVE | INFINITE | answers(WRONG_ANSWER),
+    "learning_rate": NO_REAL | NONE | NEGATIVE | INFINITE,
     "n_steps": NO_INTEGER | NONE | st.integers(max_value=0),
     "batch_size": NO_INTEGER | NONE | st.integers(max_value=1),
     "n_epochs": NO_INTEGER | NONE | st.integers(max_value=0),
     "gamma": UNIT,
     "gae_lambda": UNIT,
-    "clip_range": NO_REAL | NEGATIVE | ZERO | answers(NO_REAL | NONE | NEGATIVE),
-    "clip_range_vf": POSITIVE_OR_NONE | answers(WRONG_ANSWER),
+    "clip_range": NO_REAL | NEGATIVE | ZERO,
+    "clip_range_vf": POSITIVE_OR_NONE,
     "normalize_advantage": NO_BOOL,
     "ent_coef": NO_REAL | NONE | NEGATIVE | INFINITE,
     "vf_coef": NO_REAL | NONE | NEGATIVE | INFINITE,
@@ -120,9 +112,8 @@ NO_PENALTY = st.one_of(
     st.just({"per_state": True}),
 )
 WRONG_PENALTY = {
-    "target_kl": answers(WRONG_ANSWER),
-    "kl_min": NO_REAL | NEGATIVE | INFINITE | st.floats(min_value=0.016) | answers(WRONG_ANSWER | st.just(0.016)),
-    "kl_max": POSITIVE_OR_NONE | st.floats(0, 0.0066) | answers(WRONG_ANSWER | st.just(0.006)),
+    "kl_min": NO_REAL | NEGATIVE | INFINITE | st.floats(min_value=0.016),
+    "kl_max": POSITIVE_OR_NONE | st.floats(0, 0.0066),
     "kl_coef": NO_REAL | NONE | NEGATIVE | ZERO | st.floats(1e-300, 0.99e-3) | st.floats(min_value=1001) | INFINITE,
     "kl_coef_factor": NO_REAL | NONE | NEGATIVE | INFINITE | st.floats(0, 1),
     "kl_coef_bounds": st.one_of(
@@ -143,10 +134,21 @@ WRONG_POLICY = {
         st.tuples(st.floats(0.1, 1), NAN | ZERO | st.floats(-1e3, -1e-3) | st.just(math.inf)),
         st.builds(lambda x: [[1, x], [x, 1]], st.floats(1, 1e3) | st.floats(-1e3, -1)),
         st.builds(lambda x: [[1, x], [0, 1]], st.floats(0.01, 1)),
-        answers(NO_VARIANCE | NONE),
         st.builds(lambda x: lambda progress: x if progress > 0.5 else [[x, 0], [0, x]], st.floats(0.1, 1)),
     ),
     "learn_covariance": NO_BOOL,
+}
+
+
+WRONG_ANSWER = NO_REAL | NONE | NEGATIVE | INFINITE
+#: What a schedule must not answer, and what stands beside it at the other end
+SCHEDULES = {
+    "learning_rate": (PPOClip, WRONG_ANSWER, 0.1),
+    "clip_range": (PPOClip, NO_REAL | NONE | NEGATIVE, 0.1),
+    "clip_range_vf": (PPOPenalty, WRONG_ANSWER, 0.1),
+    "target_kl": (PPOPenalty, WRONG_ANSWER, 0.01),
+    "kl_min": (PPOPenalty, WRONG_ANSWER, 0.001),
+    "kl_max": (PPOPenalty, WRONG_ANSWER, 0.1),
 }
 
 
@@ -172,6 +174,32 @@ def test_a_wrong_argument_of_the_penalty_is_named(name: str) -> None:
     @given(WRONG_PENALTY[name])
     def check(value) -> None:
         assert_named(lambda: PPOPenalty("MlpPolicy", ENV, **{**SMALL, name: value}), name)
+
+    check()
+
+
+@pytest.mark.parametrize("end", [1, 0])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_with_a_wrong_end_is_named(name: str, end: int) -> None:
+    algorithm, wrong, right = SCHEDULES[name]
+
+    @random(max_examples=25)
+    @given(wrong)
+    def check(value) -> None:
+        schedule = {name: lambda progress: value if progress == end else right}
+        with pytest.raises(ValueError, match=rf"`{name}\({end}\)` must be .* got"):
+            algorithm("MlpPolicy", ENV, **{**SMALL, **schedule})
+
+    check()
+
+
+@pytest.mark.parametrize("end", [1, 0])
+def test_a_covariance_schedule_with_a_wrong_end_is_named(end: int) -> None:
+    @random(max_examples=25)
+    @given(NO_VARIANCE | NONE)
+    def check(value) -> None:
+        with pytest.raises(ValueError, match=rf"`covariance` must be .* remaining progress of {end}\)"):
+            MlpPolicy(ENV.observation_space, BOX, lambda _: 1e-3, covariance=lambda now: value if now == end else 0.5)
 
     check()
 
