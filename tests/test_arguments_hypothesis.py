@@ -214,6 +214,11 @@ def test_a_wrong_argument_of_the_policy_is_named(name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
+def test_no_environment_is_none(algorithm) -> None:
+    assert_named(lambda: algorithm("MlpPolicy", None, **SMALL), "env")
+
+
 # --- what is right
 
 
@@ -316,7 +321,7 @@ def trained(algorithm, policy, env, **arguments):
 
 
 @pytest.mark.filterwarnings("ignore:.*mini-batch.*")
-@random(max_examples=100)
+@random(max_examples=80)
 @given(right_arguments())
 def test_whatever_is_right_trains_as_stock_ppo_does(arguments: dict) -> None:
     stock, ours = (trained(algorithm, ActorCriticPolicy, **arguments) for algorithm in (PPO, PPOClip))
@@ -327,7 +332,7 @@ def test_whatever_is_right_trains_as_stock_ppo_does(arguments: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*mini-batch.*")
-@random(max_examples=150)
+@random(max_examples=100)
 @given(st.data())
 def test_whatever_is_right_trains_with_the_penalty(data) -> None:
     arguments = data.draw(right_arguments())
