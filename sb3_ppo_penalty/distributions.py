@@ -174,11 +174,32 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         noise = self._noise()
         return self._mean + self._spread(noise), -0.5 * noise.square().sum(dim=1) - self.constants.log_normalizer
 
-    def _noise(self) -> th.Tensor:
-        """:return: standard normal numbers, shape (batch, action_dim)."""
+    def get_actions(self, deterministic: bool = False) -> th.Tensor:
+        """
+        What the policy does, as :meth:`mode` or :meth:`sample` has it.
+
+        :param deterministic: whether to take the mean
+        :return: shape (batch, action_dim)
+        :raises ValueError: if a mean is not finite
+        """
+        if deterministic:
+            # `mode` does not ask: the divergence takes the mean from there, also within a compiled graph
+            self._require_finite_mean()
+        actions: th.Tensor = super().get_actions(deterministic)
+        return actions
+
+    def _require_finite_mean(self) -> None:
+        """:raises ValueError: if a mean is not finite."""
         # A sum is the cheaper question; only where it overflows without an infinite mean is its answer wrong
         if not math.isfinite(self._mean.sum().item()) and not th.isfinite(self._mean).all():
             raise ValueError(f"the policy's mean action is not finite: {self._mean}")
+
+    def _noise(self) -> th.Tensor:
+        """
+        :return: standard normal numbers, shape (batch, action_dim)
+        :raises ValueError: if a mean is not finite
+        """
+        self._require_finite_mean()
         return th.randn_like(self._mean)
 
     def _spread(self, noise: th.Tensor) -> th.Tensor:

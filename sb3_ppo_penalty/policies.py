@@ -70,6 +70,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
     ) -> None:
         # Named, so that a `log_std_init` in SB3's place is seen
         kwargs.update(zip(SB3_ARGUMENTS, args, strict=False))
+        if not isinstance(learn_covariance, bool):
+            raise ValueError(f"`learn_covariance` must be True or False, got {learn_covariance!r}")
         self.learn_covariance = learn_covariance
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")

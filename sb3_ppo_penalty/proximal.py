@@ -6,7 +6,7 @@ import itertools
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -175,6 +175,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             # Plain Python: SB3's schedules and queues refuse numpy's numbers, and the saved file keeps Python's readable
             if isinstance(value, np.generic):
                 setattr(self, name, value.item())
+        require(hasattr(self, "action_space"), "env", self.env, "an environment or the name of one")
         supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
         names = "Box, Discrete, MultiDiscrete or MultiBinary"
         require(isinstance(self.action_space, supported), "env's action space", self.action_space, names)
@@ -195,7 +196,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         require_number("vf_coef", self.vf_coef, 0)
         self._check_max_grad_norm()
         require(isinstance(self.compile, bool), "compile", self.compile, "True or False")
+        require(isinstance(self.use_sde, bool), "use_sde", self.use_sde, "True or False")
         require_integer("stats_window_size", self._stats_window_size, 1)
+        if self.seed is not None:
+            require_integer("seed", self.seed, 0)
+            require(self.seed < 2**32, "seed", self.seed, "below 2**32")
+        for name in ("policy_kwargs", "rollout_buffer_kwargs"):
+            value = getattr(self, name)
+            require(isinstance(value, Mapping), name, value, "a dict or None")
+        self._check_schedules()
         self._check_rollout()
 
     def _check_max_grad_norm(self) -> None:
@@ -211,11 +220,19 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             # A tuple also where JSON or YAML made a list of it
             self.max_grad_norm = (float(limits[0]), float(limits[1]))
 
+    def _check_schedules(self) -> None:
+        """:raises ValueError: naming the schedule and the progress, for an answer at either end that cannot be meant."""
+        for name, infinite in {"learning_rate": False, "clip_range": True, "clip_range_vf": False}.items():
+            schedule = getattr(self, name)
+            for progress in (1.0, 0.0) if callable(schedule) else ():
+                # 0, which a range must not be, is where schedules end
+                require_number(f"{name}({progress:g})", schedule(progress), 0, infinite=infinite)
+
     def _check_rollout(self) -> None:
         """
         :raises ValueError: for a rollout that cannot be normalised or a buffer whose samples would be passed over
         """
-        buffer_class = self.rollout_buffer_class or RolloutBuffer
+        buffer_class = RolloutBuffer if self.rollout_buffer_class is None else self.rollout_buffer_class
         own = {RolloutBuffer.get, DictRolloutBuffer.get}, {RolloutBuffer._get_samples, DictRolloutBuffer._get_samples}
         plain = getattr(buffer_class, "get", None) in own[0] and getattr(buffer_class, "_get_samples", None) in own[1]
         allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
@@ -275,7 +292,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 self._n_updates += 1
                 if epochs[-1][-1].stopped:
                     break
-        drift = self._measure_drift(rollout)
+            drift = self._measure_drift(rollout)
         self._after_update(drift)
         self._log_update(epochs, settings, drift)
 
@@ -367,9 +384,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     @contextmanager
     def _undone_if_not_finite(self, rollout: Rollout, settings: Settings, epochs: list[list[Step]]) -> Iterator[None]:
         """
-        An update, after which policy and optimizer are as they were before if anything in it was not finite.
+        An update, after which policy and optimizer are as they were before if it failed or anything in it was not finite.
 
-        Looked at once, after the last step: a look at each would make the device wait.
+        Looked at once, after the last step: a look at each would make the device wait. It may not come to that: torch's
+        distributions refuse the parameters that such weights give.
 
         :param rollout: frozen
         :param settings: of this update
@@ -377,15 +395,22 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :raises FloatingPointError: if a loss, a gradient or a weight is not finite
         """
         before = deepcopy((self.policy.state_dict(), self.policy.optimizer.state_dict(), self._n_updates))
-        yield
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
         figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, *step.grad_norms)]
         weights = th.nn.utils.get_total_norm(self.policy.parameters())
-        if th.isfinite(th.stack([*figures, weights])).all():
+        finite = bool(th.isfinite(th.stack([*figures, weights])).all())
+        if finite and failure is None:
             return
         self.policy.load_state_dict(before[0])
         self.policy.optimizer.load_state_dict(before[1])
         self._n_updates = before[2]
-        raise FloatingPointError(self._what_is_not_finite(rollout, settings))
+        if finite and failure is not None:
+            raise failure
+        raise FloatingPointError(self._what_is_not_finite(rollout, settings)) from failure
 
     def _evaluate(self, batch: Minibatch, settings: Settings) -> Terms:
         """
@@ -445,10 +470,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 bad[place] += [name for name, tensor in tensors.items() if not th.isfinite(tensor).all()]
         self.policy.optimizer.zero_grad()
         buffer = self.rollout_buffer
-        arrays = {name: getattr(buffer, name) for name in ("rewards", "values", "returns", "advantages", "log_probs")}
+        names = ("actions", "rewards", "values", "returns", "advantages", "log_probs")
+        seen = buffer.observations if isinstance(buffer.observations, dict) else {"observations": buffer.observations}
+        arrays = {**seen, **{name: getattr(buffer, name) for name in names}}
         bad["rollout"] = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         found = ", ".join(f"{place} {list(dict.fromkeys(names)) or 'all finite'}" for place, names in bad.items())
         late = "" if any(bad.values()) else " (it went wrong within the update: try a lower `learning_rate`)"
+        largest = float(np.abs(buffer.returns).max())
+        if float(np.finfo(np.float32).max) ** 0.5 < largest < np.inf:
+            late = f" (returns reach {largest:.3g}, whose square is too large for float32: scale the rewards)"
         return (
             f"an update of {type(self).__name__} after {self.num_timesteps} steps is not finite: {found}{late}. "
             "The update was undone: the policy is the last good one and can be saved"

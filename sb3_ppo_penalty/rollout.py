@@ -128,6 +128,8 @@ class Rollout:
         """
         order = th.from_numpy(np.random.permutation(len(self))).to(self.actions.device)  # noqa: NPY002 (SB3's stream)
         whole = self.whole
+        # torch takes no length beyond 64 bits
+        batch_size = min(batch_size, len(self))
         indices = th.split(order, batch_size)
         pieces = [
             map(column.__getitem__, indices) if column.nbytes > SHUFFLED_BYTES else th.split(column[order], batch_size)
