@@ -103,6 +103,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     max_grad_norm: Any
     #: Keeps compiled graphs from update to update; no file holds it
     _compiler: Any = None
+    #: Those whose minibatches are known to be rows of their arrays
+    _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -233,8 +235,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :raises ValueError: for a rollout that cannot be normalised or a buffer whose samples would be passed over
         """
         buffer_class = RolloutBuffer if self.rollout_buffer_class is None else self.rollout_buffer_class
-        own = {RolloutBuffer.get, DictRolloutBuffer.get}, {RolloutBuffer._get_samples, DictRolloutBuffer._get_samples}
-        plain = getattr(buffer_class, "get", None) in own[0] and getattr(buffer_class, "_get_samples", None) in own[1]
+        names = ("get", "_get_samples")
+        known = [[getattr(each, name) for each in self._rollout_buffer_classes] for name in names]
+        plain = all(getattr(buffer_class, name, None) in own for name, own in zip(names, known, strict=True))
         allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
         require(plain, "rollout_buffer_class", buffer_class, allowed)
         dicts = isinstance(self.observation_space, spaces.Dict)
@@ -368,10 +371,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         :return: the rollout on the device with the distributions of the policy that collected it
         """
-        rollout = Rollout.of(self.rollout_buffer)
+        rollout = self._collected()
         with self._acting():
             old = [parameters_of(self.policy.get_distribution(chunk.observations)) for chunk in rollout.chunks()]
         return replace(rollout, old=concatenate(old))
+
+    def _collected(self) -> Rollout:
+        """
+        :return: the rollout on the device
+        """
+        return Rollout.of(self.rollout_buffer)
 
     @contextmanager
     def _acting(self) -> Iterator[None]:

@@ -36,6 +36,8 @@ LAW = {
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
     | {"guard"},
+    # Imported by nobody but the user: the package itself comes without sb3-contrib
+    "maskable": {"torch", "numpy", "gymnasium", SB3, "sb3_contrib", "arguments", "divergence", "ppo_penalty", "rollout"},
     "__init__": {
         "checkpoints",
         "continuation",
