@@ -19,6 +19,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from torch.distributions import MultivariateNormal
 from torch.distributions import kl_divergence as torch_kl_divergence
@@ -481,6 +482,27 @@ def test_a_callback_can_tell_another_algorithms_policy():
 
     model = scheduled(PPO, LinearSchedule(0.5, 0.1, 1.0)).learn(64, callback=Tell())  # warnings are errors here
     check_density(model.policy, 0.2 * np.eye(3))
+
+
+class Projection(FlattenExtractor):
+    """An extractor with weights of its own."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.matrix = th.nn.Parameter(th.randn(3, 3))
+
+    def forward(self, observations):
+        return super().forward(observations) @ self.matrix
+
+
+def test_acting_with_two_extractors_is_what_sb3_evaluates():
+    policy = make(features_extractor_class=Projection, share_features_extractor=False)
+    assert not th.equal(policy.pi_features_extractor.matrix, policy.vf_features_extractor.matrix)
+    with th.no_grad():
+        actions, values, log_prob = policy(observations())
+        expected_values, expected_log_prob, _ = policy.evaluate_actions(observations(), actions)
+    th.testing.assert_close(values, expected_values)
+    th.testing.assert_close(log_prob, expected_log_prob, rtol=1e-4, atol=1e-5)
 
 
 # --- SB3's algorithms

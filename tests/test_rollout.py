@@ -4,12 +4,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty, rollout
-from sb3_ppo_penalty.rollout import Rollout
+from sb3_ppo_penalty.rollout import IgnoreTimeLimits, RewardToGoRolloutBuffer, Rollout
 
 
 def collected(env, policy: str = "MlpPolicy", n_steps: int = 48) -> PPOClip:
@@ -98,6 +99,28 @@ def test_old_distribution_does_not_depend_on_the_chunks(rows: int, monkeypatch) 
     with th.no_grad():
         again = model.policy.get_distribution(batch.observations).mode()
     th.testing.assert_close(batch.old.per_state[0], again, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_time_limits_change_nothing_else() -> None:
+    made = [DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=1)]) for _ in range(2)]
+    for env in made:
+        env.seed(3)
+    plain, hidden = made[0], IgnoreTimeLimits(made[1])
+    np.testing.assert_array_equal(plain.reset(), hidden.reset())
+    action = np.zeros((1, 1), dtype=np.float32)
+    *expected, (info,) = plain.step(action)
+    *seen, (other,) = hidden.step(action)
+    for left, right in zip(expected, seen, strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (info["TimeLimit.truncated"], other["TimeLimit.truncated"]) == (True, False)
+
+
+def test_one_reward_to_go_is_not_normalised() -> None:
+    box = spaces.Box(-1, 1, (1,))
+    buffer = RewardToGoRolloutBuffer(1, box, box, device="cpu")
+    buffer.add(np.zeros(1), np.zeros(1), np.array([3.0]), np.array([1.0]), th.tensor([0.5]), th.zeros(1))
+    buffer.compute_returns_and_advantage(th.zeros(1), np.array([False]))
+    assert (buffer.returns.item(), buffer.advantages.item()) == (3.0, 2.5)
 
 
 def test_train_without_a_rollout_says_so() -> None:
