@@ -254,7 +254,7 @@ def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path
 
 
 def resume(
-    path: str | Path, env: GymEnv | str, callback: ResumableCheckpointCallback, device: th.device | str = "auto"
+    path: str | Path | None, env: GymEnv | str, callback: ResumableCheckpointCallback, device: th.device | str = "auto"
 ) -> Resumed:
     """
     Go on from a checkpoint: see :class:`ResumableCheckpointCallback` for how, and for what is exact.
@@ -262,14 +262,16 @@ def resume(
     ``learn(remaining_timesteps, callback=callback, reset_num_timesteps=False)`` then does what the killed ``learn`` still had
     to do, with the same schedules. Another number of steps ends them elsewhere, as it does in SB3.
 
-    :param path: of a checkpoint; unpickles it: load only files that you trust
+    :param path: of a checkpoint, as :func:`latest_checkpoint` returns it; unpickles it: load only files that you trust
     :param env: made and wrapped as the first time; its state, VecNormalize's statistics and attributes included, is set to
         the saved one
     :param callback: made as the first time; to be passed to ``learn``, where it sets back what ``learn`` begins anew
     :param device: see SB3's ``load``
     :return: the model and the number of steps that its ``learn`` still had to do
-    :raises ValueError: for a file that is torn, or for environments that are not made as they were
+    :raises ValueError: for no file or one that is torn, or for environments that are not made as they were
     """
+    if path is None:
+        raise ArgumentError("`path` must be a checkpoint, got None: `latest_checkpoint` found none to go on from")
     content = Path(path).read_bytes()
     allowed = "a complete checkpoint of ResumableCheckpointCallback (this file is torn, or something else)"
     require(_is_complete(content), "path", str(path), allowed)

@@ -814,3 +814,9 @@ def test_a_users_script_started_twice(tmp_path: Path) -> None:
     first = (tmp_path / "first.txt").read_text()
     assert len(first) > 50
     assert first == second.stdout
+
+
+def test_nothing_to_go_on_from_is_said(tmp_path: Path) -> None:
+    callback = ResumableCheckpointCallback(save_freq=1, save_path=tmp_path)
+    with pytest.raises(ValueError, match="`path` must be a checkpoint, got None"):
+        resume(latest_checkpoint(tmp_path), "Pendulum-v1", callback)
