@@ -149,11 +149,11 @@ def case(part: str, name: str, env: Any, repetitions: int, names: Sequence[str] 
                         part,
                         name,
                         key,
-                        round(n_envs * run.model.n_steps / median.sum()),  # type: ignore[attr-defined]
-                        round(statistics.median(stock.sum(axis=1) / turns.sum(axis=1)), 2),
-                        round(statistics.median(collect), 2),
-                        round(statistics.median(update), 2),
-                        round(max(run.turns[0][1] - median[1], 0.0), 1),
+                        round(n_envs * run.model.n_steps / float(median.sum())),  # type: ignore[attr-defined]
+                        round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
+                        round(statistics.median(collect.tolist()), 2),
+                        round(statistics.median(update.tolist()), 2),
+                        round(max(run.turns[0][1] - float(median[1]), 0.0), 1),
                     ],
                     strict=True,
                 )
