@@ -233,7 +233,7 @@ def peak_memory(contender: str, images: bool) -> float:
     """
     algorithm, options = CONTENDERS[contender]
     if images:
-        env = make_vec_env(lambda: FakeImageEnv(84, 84, 4, discrete=True), 16, seed=0)
+        env = make_vec_env(lambda: FakeImageEnv(n_channels=4), 16, seed=0)
         # One epoch of large minibatches: the peak is the same after it
         model = algorithm("CnnPolicy", env, n_epochs=1, batch_size=512, device="cpu", **options)
     else:
