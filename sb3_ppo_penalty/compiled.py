@@ -206,7 +206,8 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
     exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
-    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings))
+    # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
+    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings), tie_weights=False)
     names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
     gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
     with th.no_grad():
@@ -404,9 +405,8 @@ class Compiler:
         def flat(*given: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             seen = given[len(names) :]
             state = dict(zip(names, given, strict=False))
-            found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(
-                networks, state, (seen[0] if keys is None else dict(zip(keys, seen, strict=True)),)
-            )
+            given_obs = seen[0] if keys is None else dict(zip(keys, seen, strict=True))
+            found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(networks, state, (given_obs,), tie_weights=False)
             return found
 
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
@@ -19,7 +20,8 @@ SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "c
 TINY = {"net_arch": [16]}
 
 
-def made(algorithm, compile: bool = False, env: str = "Pendulum-v1", policy="MlpPolicy", **options):
+def made(algorithm, compile: bool = False, env="Pendulum-v1", policy="MlpPolicy", **options):
+    env = env if isinstance(env, str) else env()
     return algorithm(policy, env, compile=compile, **{**SMALL, "policy_kwargs": TINY, **options})
 
 
@@ -31,6 +33,13 @@ def distance(model, other) -> float:
     """The largest difference of a weight, relative to the largest weight of its tensor."""
     pairs = zip(model.policy.parameters(), other.policy.parameters(), strict=True)
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
+
+
+def images() -> gym.Env:
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    env.observation_space.seed(0)
+    env.action_space.seed(0)
+    return env
 
 
 CASES = {
@@ -45,6 +54,7 @@ CASES = {
         {"env": "Reacher-v5", "policy_kwargs": {**TINY, "covariance": [[0.5, 0.1], [0.1, 0.3]]}},
     ),
     "penalty, Discrete, clipped apart": (PPOPenalty, {"env": "CartPole-v1", "max_grad_norm": (0.05, 0.5)}),
+    "penalty, images": (*(PPOPenalty, {"env": images, "policy": "CnnPolicy", "n_steps": 16, "batch_size": 8}),),
     "clip, early stop": (PPOClip, {"target_kl": 0.0005, "learning_rate": 1e-3, "n_epochs": 6}),
     "clip, ragged, gSDE": (PPOClip, {"batch_size": 20, "use_sde": True}),
 }
@@ -59,6 +69,7 @@ def test_equals_the_eager_step(case: str) -> None:
     eager, compiled = (trained(made(algorithm, compile, **options)) for compile in (False, True))
     assert distance(start, eager) > 1e-2
     assert distance(eager, compiled) < 1e-4
+    assert all(type(weight) is th.nn.Parameter for weight in compiled.policy.parameters())
     # One graph, whatever the schedules did and although an epoch's last minibatch may be smaller
     assert eager._compiler is None
     assert len(compiled._compiler.graphs) == 1
