@@ -67,8 +67,6 @@ class PPOPenalty(ProximalAlgorithm):
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
-    #: Updates in a row that left the coefficient at a bound
-    _saturated_updates = 0
     #: Of the last update; no file holds it
     _guard_report: Report | None = None
 
@@ -120,6 +118,8 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_controller = make_controller(kl_controller)
         self.kl_penalty = KLPenalty.of(kl_penalty)
         self.guard = Guard.of(guard)
+        # Updates in a row that left the coefficient at a bound
+        self._saturated_updates = 0
         super().__init__(**passed_on(ProximalAlgorithm.__init__, locals()))
 
     def _check_arguments(self) -> None:

@@ -148,6 +148,10 @@ ORDINARY = {
         {"kl_controller": "dual", "target_kl": LinearSchedule(0.02, 0.0, 1.0), "policy_kwargs": NET}
         | {"kl_penalty": {"direction": "symmetric", "cutoff_coef": 10, "per_state": True, "max_ratio": 5}},
     ),
+    "a guard, gradients clipped apart": (
+        *(PPOPenalty, "MlpPolicy", pendulum),
+        {"guard": {"action": "rollback", "measure": "max"}, "max_grad_norm": (0.5, 5.0), "policy_kwargs": NET},
+    ),
     "compiled": (PPOPenalty, "MlpPolicy", pendulum, {"compile": True, "kl_controller": "proportional", "policy_kwargs": NET}),
     "clip": (PPOClip, "MlpPolicy", pendulum, {}),
     "clip, learned covariance": (PPOClip, "MlpPolicy", pendulum, {"policy_kwargs": {"learn_covariance": True, **NET}}),
