@@ -305,12 +305,14 @@ class Compiler:
         :return: the compiled step, or the eager one where torch cannot compile it
         """
         eager = EagerStepper(self.policy, self.loss.evaluate, settings)
-        if self.refusal is None:
-            reason = why_not(self.policy.optimizer)
-            if reason is None:
-                return CompiledStepper(self, eager, batch_size)
+        return CompiledStepper(self, eager, batch_size) if self.willing() else eager
+
+    def willing(self) -> bool:
+        """:return: whether there is anything to compile; warns once if not."""
+        reason = why_not(self.policy.optimizer)
+        if self.refusal is None and reason is not None:
             self.refuse(reason)
-        return eager
+        return self.refusal is None
 
     def refuse(self, reason: str) -> None:
         """
@@ -366,7 +368,7 @@ class Compiler:
         the same random numbers.
         """
         policy = self.policy
-        if self.refusal is not None or not (isinstance(policy, FixedCovarianceMixin) and policy.has_fixed_covariance):
+        if not (self.willing() and isinstance(policy, FixedCovarianceMixin) and policy.has_fixed_covariance):
             yield
             return
         networks = _Networks(policy)

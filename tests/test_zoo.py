@@ -217,7 +217,7 @@ def test_script_gets_the_algorithms_with_one_call(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(script)
     run = start(f"script.py --algo ppo_clip --env CartPole-v1 {TINIER}", tmp_path)
     assert str(zoo.HYPERPARAMS / "ppo_clip.yml") in run.stdout, run.stderr
-    assert PPOClip.load(tmp_path / "logs/ppo_clip/CartPole-v1_1/CartPole-v1.zip").clip_range(0.5) == 0.1
+    assert PPOClip.load(tmp_path / "logs/ppo_clip/CartPole-v1_1/CartPole-v1.zip").gae_lambda == 0.8
 
 
 def test_registering_again_changes_nothing() -> None:
