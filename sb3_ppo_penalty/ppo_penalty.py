@@ -118,8 +118,7 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_controller = make_controller(kl_controller)
         self.kl_penalty = KLPenalty.of(kl_penalty)
         self.guard = Guard.of(guard)
-        # Updates in a row that left the coefficient at a bound
-        self._saturated_updates = 0
+        self._saturated_updates = 0  # in a row that left the coefficient at a bound
         super().__init__(**passed_on(ProximalAlgorithm.__init__, locals()))
 
     def _check_arguments(self) -> None:
