@@ -345,7 +345,7 @@ class Compiler:
                 record = graph(*tensors)
         # Whatever torch's tracer, its compiler or the machine's C++ compiler stumbles over in a policy of the user's
         except Exception as error:
-            self.refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+            self.refuse(in_one_line(error))
             return None
         self.graphs[key] = graph
         return graph, record
@@ -416,7 +416,7 @@ class Compiler:
                 return compiled(make_fx(flat, tracing_mode="fake")(*tensors, *observations), [*tensors, *observations])
         # As for the step
         except Exception as error:
-            self.refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+            self.refuse(in_one_line(error))
             return None
 
 
@@ -435,6 +435,14 @@ def compiled(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> Graph:
         with th.no_grad():
             graph = inductor.compile(traced, list[Any](examples), {"size_asserts": False})
     return graph
+
+
+def in_one_line(error: Exception) -> str:
+    """
+    :param error: what torch's tracer or compiler raised
+    :return: its kind and the first line of what it says
+    """
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 class _Networks(nn.Module):

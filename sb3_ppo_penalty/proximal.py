@@ -435,10 +435,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         surrogate, objective = self._policy_objective(batch, th.exp(log_ratio), advantages, settings)
         value_loss = losses.value_loss(values.flatten(), batch.returns, batch.old_values, settings["clip_range_vf"])
         loss = -objective + settings["vf_coef"] * value_loss
-        entropy = -log_prob if entropy is None else entropy
         if settings["ent_coef"] is not None:
-            loss = loss - settings["ent_coef"] * entropy.mean()
-        return Terms(loss, -surrogate, -objective, value_loss, log_ratio, entropy)
+            loss = loss + settings["ent_coef"] * losses.entropy_loss(entropy, log_prob)
+        return Terms(loss, -surrogate, -objective, value_loss, log_ratio, -log_prob if entropy is None else entropy)
 
     def _current_parameters(self, observations: Observations) -> ActionParameters:
         """
