@@ -113,7 +113,7 @@ def load_safe(
         with _policy_of_at_most(4 * saved.weight_bytes):
             model = cls(env=env, device=device, **arguments)
         argument_entries = {ENTRIES.get(name, name) for name in names}
-        for name in saved.entries.keys() - argument_entries - IGNORED:
+        for name in sorted(saved.entries.keys() - argument_entries - IGNORED):
             _restore_number(model, name, saved.entries[name])
     _restore_tensors(model, saved)
     if model.use_sde:
@@ -210,11 +210,12 @@ def _object(entry: str, value: Any) -> Any:
     own = {field.name: field for field in fields(kind)}
     unknown = sorted(value.keys() - own.keys() - {":type:"})
     check(not unknown, entry, unknown, f"a {kind.__name__} with no fields but {sorted(own)}")
-    for name in value.keys() & own.keys():
+    given = sorted(value.keys() & own.keys())
+    for name in given:
         if type(value[name]) is not str:
             _plain(f"{entry}.{name}", value[name])
-    made = kind(**{name: value[name] for name in value.keys() & own.keys() if own[name].init})
-    for name in value.keys() & own.keys():
+    made = kind(**{name: value[name] for name in given if own[name].init})
+    for name in given:
         if not own[name].init:
             fresh = getattr(made, name)
             check(type(value[name]) is type(fresh), f"{entry}.{name}", value[name], f"of the type {type(fresh).__name__}")
