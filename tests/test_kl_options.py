@@ -152,7 +152,11 @@ def test_a_callback_may_set_the_coefficient() -> None:
 # --- files
 
 
-@pytest.mark.parametrize("controller", ["document", "fixed", "proportional", "dual", Counting()], ids=str)
+@pytest.mark.parametrize(
+    "controller",
+    ["document", "fixed", "proportional", "dual", Counting()],
+    ids=lambda own: own if isinstance(own, str) else "own",
+)
 def test_a_controller_goes_on_where_it_was_saved(tmp_path, controller) -> None:
     kls = [0.031, 0.0002, 0.013, 0.5, 0.007]
     model = model_with(kl_controller=controller, kl_coef=1.3, learning_rate=3e-3)

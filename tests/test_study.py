@@ -246,6 +246,27 @@ def test_hyperparameters_of_the_command_line_are_python_or_zoo_s() -> None:
     assert given["trpo"]["use_sde"] is True
 
 
+def test_variants_are_one_algorithm_with_several_settings(tmp_path: Path) -> None:
+    words = ["ppo_penalty+dual:kl_controller=dual", "ppo_penalty+0.1-wide:policy_kwargs=dict(covariance=3.0)", "n_steps=64"]
+    algos = ["ppo_penalty", "ppo_penalty+dual", "ppo_penalty+0.1-wide"]
+    task_words = ["--n-timesteps", "256", "--n-eval-episodes", "2", "--seeds", "1"]
+    runs = {run.algo: run for run in plan("--algos", *algos, "--hyperparams", *words, *task_words).runs}
+    plain = runs["ppo_penalty"].hyperparams
+    assert "kl_controller" not in plain
+    assert runs["ppo_penalty+dual"].hyperparams == {**plain, "kl_controller": "dual"}
+    assert runs["ppo_penalty+0.1-wide"].hyperparams == {**plain, "policy_kwargs": "dict(covariance=3.0)"}
+    perform(runs["ppo_penalty+0.1-wide"], tmp_path / "run")
+    model = PPOPenalty.load(tmp_path / "run" / "Pendulum-v1.zip")
+    assert (type(model), model.n_steps, model.policy.covariance.item()) == (PPOPenalty, 64, 3)
+
+
+def test_variants_look_like_nobody_else_in_a_comparison() -> None:
+    algos = ["ppo_penalty", "ppo", *(f"ppo_penalty+{number}" for number in range(40))]
+    found = plots.looks(algos)
+    assert len(set(found.values())) == len(algos) == len(found)
+    assert (found["ppo"], plots.looks(["ppo"])["ppo"]) == (plots.LOOKS["ppo"], plots.LOOKS["ppo"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -256,7 +277,9 @@ def test_hyperparameters_of_the_command_line_are_python_or_zoo_s() -> None:
         (["--env", "Pendulun-v1"], "--env Pendulun-v1: not registered"),
         (["--n-timesteps", "100", "--eval-freq", "200"], "--eval-freq 200: a run has only 100 steps"),
         (["--seeds", "0"], "--seeds: must be at least 1"),
-        (["--algos", "sac"], "invalid choice: 'sac'"),
+        (["--algos", "sac"], "must be one of ppo_penalty, .*, got sac"),
+        (["--algos", "ppo+"], r"or one of them and \+NAME, got ppo\+"),
+        (["--hyperparams", "ppo+b:gamma=1"], r"ppo\+b is not among --algos ppo"),
     ],
 )
 def test_wrong_arguments_end_with_a_sentence(words: list[str], said: str, capsys) -> None:

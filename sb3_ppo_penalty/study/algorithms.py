@@ -28,3 +28,14 @@ BASELINE = "ppo"
 DOCUMENT = "ppo_document"
 #: Those whose Zoo entries come with this package and suit its policies
 OWN = ("ppo_penalty", "ppo_clip")
+
+#: Stands between an algorithm and the name of a variant of it: ``ppo_penalty+dual``
+PLUS = "+"
+
+
+def base(name: str) -> str:
+    """
+    :param name: of an algorithm or of a variant of one
+    :return: the algorithm's, a key of :data:`ALGORITHMS` if there is such an algorithm
+    """
+    return name.partition(PLUS)[0]

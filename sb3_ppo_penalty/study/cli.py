@@ -24,11 +24,17 @@ FIRST_LOOK, FULL = (2, 80_000), (10, 100_000)
 #: Evaluations during training
 EVALUATIONS = 20
 PROGRAM = "python -m sb3_ppo_penalty compare"
+#: Of an algorithm or of a variant of one
+NAME = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
 EPILOG = f"""\
 settings:
   ppo_penalty and ppo_clip take this package's tuned entry for the environment, ppo and trpo RL Zoo's. Other entries:
   --conf-file, in RL Zoo's YAML format. Single values: --hyperparams, as Python literals (1e-3, True) or as RL Zoo's strings
   (lin_0.001, "dict(covariance=0.3)"). Both take an algorithm's name in front, or hold for all of them.
+
+variants:
+  One algorithm with several settings, each under a name of its own:
+  --algos ppo_penalty ppo_penalty+dual --hyperparams ppo_penalty+dual:kl_controller=dual
 
 how much:
   The plain command is a first look: {FIRST_LOOK[0]} seeds, {FIRST_LOOK[1]:,} steps, so that it ends within five minutes on two
@@ -52,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--env", default="Pendulum-v1", metavar="ID", help="environment (default: %(default)s)")
-    names = f"any of {' '.join(ALGORITHMS)} (default: {' '.join(DEFAULT_ALGOS)})"
-    add("--algos", nargs="+", default=list(DEFAULT_ALGOS), choices=list(ALGORITHMS), metavar="ALGO", help=names)
+    names = f"any of {' '.join(ALGORITHMS)} (default: {' '.join(DEFAULT_ALGOS)}), also with a +NAME of your own"
+    add("--algos", nargs="+", default=list(DEFAULT_ALGOS), type=_algorithm, metavar="ALGO", help=names)
     add(
         "--full", action="store_true", help=f"{FULL[0]} seeds and {FULL[1]:,} steps where --seeds and --n-timesteps do not say"
     )
@@ -83,6 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _algorithm(text: str) -> str:
+    """
+    :param text: of the command line
+    :return: an algorithm's name, or one with that of a variant behind it
+    """
+    if not re.fullmatch(NAME, text):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(ALGORITHMS)}, or one of them and +NAME, got {text}")
+    return text
+
+
 def _positive(text: str) -> int:
     """
     :param text: of the command line
@@ -103,7 +119,7 @@ def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str,
     """
     pairs: list[tuple[str, str]] = []
     for word in words:
-        named = re.fullmatch(rf"({'|'.join(ALGORITHMS)}):(.+)", word)
+        named = re.fullmatch(rf"({NAME}):(.+)", word)
         if named and named[1] not in algos:
             raise ValueError(f"{word}: {named[1]} is not among --algos {' '.join(algos)}")
         pairs += [(named[1], named[2])] if named else [(algo, word) for algo in algos]

@@ -21,7 +21,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 import sb3_ppo_penalty
 from sb3_ppo_penalty import DOCUMENT_RECIPE, zoo
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS, DOCUMENT, OWN
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, DOCUMENT, OWN, base
 
 #: The tutorial's batch, which the document's recipe fills up to whole episodes
 DOCUMENT_BATCH = 2048
@@ -82,7 +82,7 @@ class Run:
     """
     One training, and all that decides how it ends.
 
-    :param algo: name in :data:`~sb3_ppo_penalty.study.algorithms.ALGORITHMS`
+    :param algo: name in :data:`~sb3_ppo_penalty.study.algorithms.ALGORITHMS`, or of a variant
     :param seed: of the networks, of the actions and, plus its number, of each training environment
     :param hyperparams: as they stand in RL Zoo's files
     :param task: shared with the other runs
@@ -196,9 +196,9 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
     :return: the closest entry
     :raises ValueError: if the file cannot be read or has none
     """
-    folder = zoo.HYPERPARAMS if algo in OWN else Path(rl_zoo3.__file__).parent / "hyperparams"
-    path = folder / f"{algo}.yml"
-    said = f"{'sb3_ppo_penalty.zoo' if algo in OWN else 'rl_zoo3'}'s {path.name}"
+    own = base(algo) in OWN
+    path = (zoo.HYPERPARAMS if own else Path(rl_zoo3.__file__).parent / "hyperparams") / f"{base(algo)}.yml"
+    said = f"{'sb3_ppo_penalty.zoo' if own else 'rl_zoo3'}'s {path.name}"
     if conf_file is not None:
         path, said = Path(conf_file), conf_file
     try:
@@ -231,7 +231,7 @@ def constructor_arguments(algo: str) -> set[str]:
     :param algo: name of the algorithm
     :return: what its class takes
     """
-    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[algo].zoo_name].__init__).parameters)
+    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base(algo)].zoo_name].__init__).parameters)
 
 
 def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> Settings:
@@ -248,7 +248,7 @@ def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> 
     :return: what the algorithm is run with
     """
     hyperparams, source = dict(shared.hyperparams), shared.source
-    if ALGORITHMS[algo].objective != ALGORITHMS[donor].objective:
+    if ALGORITHMS[base(algo)].objective != ALGORITHMS[donor].objective:
         hyperparams = {key: value for key, value in hyperparams.items() if key not in OBJECTIVE_SETTINGS}
         hyperparams |= {key: value for key, value in own.hyperparams.items() if key in OBJECTIVE_SETTINGS}
         source = f"{source}; its objective's own: {own.source}"
@@ -277,7 +277,7 @@ def work_out_settings(
     """
     settings = {}
     for algo in algos:
-        if algo == DOCUMENT:
+        if base(algo) == DOCUMENT:
             found = document_settings(task.env)
         else:
             found = zoo_settings(algo, task.env, conf_files.get(algo))

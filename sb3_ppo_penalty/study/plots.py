@@ -1,5 +1,6 @@
 """The report's pictures."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from sb3_ppo_penalty.study.grid import Comparison
 from sb3_ppo_penalty.study.results import Results, summary, updates_of
 from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
 
+#: Colour and marker
+Look = tuple[str, str]
 #: Okabe and Ito's palette, which colour-blind people can tell apart; a marker for who prints without colours
 LOOKS = {
     "ppo_penalty": ("#0072B2", "o"),
@@ -23,6 +26,9 @@ LOOKS = {
     "trpo": ("#009E73", "D"),
     "ppo_document": ("#CC79A7", "v"),
 }
+#: For variants of an algorithm: the palette's other colours, and greys
+VARIANT_COLORS = ("#56B4E9", "#882255", "#000000", "#999999", "#8B5A2B", "#5D3A9B")
+VARIANT_MARKERS = ("P", "X", "<", ">", "h", "*", "p")
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -39,6 +45,16 @@ STYLE: Any = {
 #: Divergences by what is logged, exact ones first: (column, how it was measured)
 DIVERGENCES = (("train/kl", "exact"), ("train/approx_kl", "SB3's estimate"), ("train/kl_divergence_loss", "TRPO's own"))
 WIDTH = 7.2
+
+
+def looks(algos: Sequence[str]) -> dict[str, Look]:
+    """
+    :param algos: of a comparison
+    :return: an algorithm's own look, and for each variant one that nobody else in the comparison has
+    """
+    free = [look for algo, look in LOOKS.items() if algo not in algos]
+    spare = itertools.chain(free, itertools.product(VARIANT_COLORS, VARIANT_MARKERS))
+    return {algo: LOOKS[algo] if algo in LOOKS else next(spare) for algo in algos}
 
 
 def draw(comparison: Comparison, results: Results) -> dict[str, str]:
@@ -115,17 +131,17 @@ def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> Non
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
 
 
-def _line(axes: Axes, frame: pd.DataFrame, algo: str, label: str, single_seeds: bool = False) -> None:
+def _line(axes: Axes, frame: pd.DataFrame, look: Look, label: str, single_seeds: bool = False) -> None:
     """
     Draw the IQM over seeds and either its interval or the seeds themselves.
 
     :param axes: to draw on
     :param frame: a row for each number of environment steps, a column for each seed
-    :param algo: name of the algorithm
+    :param look: of the algorithm
     :param label: for the legend
     :param single_seeds: thin lines for the seeds, no band
     """
-    color, marker = LOOKS[algo]
+    color, marker = look
     x, values = frame.index.to_numpy(), frame.to_numpy()
     every = max(len(x) // 6, 1)
     axes.plot(x, iqm(values, axis=1), color=color, marker=marker, markevery=(every // 2, every), ms=4, label=label, zorder=3)
@@ -157,7 +173,7 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
     frames = {algo: rows.pivot_table(index="steps", columns="seed", values="return") for algo, rows in _by_algo(results)}
     for axes in (whole, close):
         for algo, frame in frames.items():
-            _line(axes, frame, algo, algo)
+            _line(axes, frame, looks(results.algos)[algo], algo)
         _reference_lines(axes, comparison)
         if comparison.threshold is not None:
             axes.axhline(
@@ -207,18 +223,18 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
     """
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for algo in results.algos:
+    for algo, look in looks(results.algos).items():
         measured = ((updates_of(results, algo, column), said) for column, said in DIVERGENCES)
         frame, said = next(((frame, said) for frame, said in measured if len(frame)), (pd.DataFrame(), ""))
         if len(frame):
-            _line(above, frame, algo, f"{algo} ({said})", single_seeds=True)
+            _line(above, frame, look, f"{algo} ({said})", single_seeds=True)
         coefficients = updates_of(results, algo, "train/kl_coef")
         if len(coefficients):
-            _line(below, coefficients, algo, algo, single_seeds=True)
+            _line(below, coefficients, look, algo, single_seeds=True)
             low, high = (updates_of(results, algo, f"train/{name}").iloc[:, 0] for name in ("kl_min", "kl_max"))
-            above.fill_between(low.index, low, high, color=LOOKS[algo][0], alpha=0.13, linewidth=0)
+            above.fill_between(low.index, low, high, color=look[0], alpha=0.13, linewidth=0)
             for threshold in (low, high):
-                above.plot(threshold, color=LOOKS[algo][0], linewidth=0.9, linestyle="--")
+                above.plot(threshold, color=look[0], linewidth=0.9, linestyle="--")
     for axes, label, base in ((above, "KL(old || new), nats", 10), (below, "penalty coefficient β", 2)):
         axes.set_ylabel(label)
         if axes.lines:
@@ -249,10 +265,10 @@ def importance_weights(comparison: Comparison, results: Results) -> Figure:
     panels = figure.subplots(1, 2)
     columns = (("train/clip_fraction", "clip fraction"), ("train/effective_sample_size", "effective sample size / batch"))
     for axes, (column, label) in zip(panels, columns, strict=True):
-        for algo in results.algos:
+        for algo, look in looks(results.algos).items():
             frame = updates_of(results, algo, column)
             if len(frame):
-                _line(axes, frame, algo, algo)
+                _line(axes, frame, look, algo)
         axes.set_title(label)
         _steps_axis(axes, comparison.task.n_timesteps)
         if not axes.lines:
@@ -281,7 +297,7 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.use_sticky_edges = False
         for height, (algo, row) in enumerate(figures.iterrows()):
-            color, _ = LOOKS[algo]
+            color, _ = looks(results.algos)[algo]
             if np.isfinite(row[f"{name}_low"]):
                 axes.barh(
                     height,

@@ -18,7 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base
 from sb3_ppo_penalty.study.grid import Run, prepare
 
 #: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
@@ -49,7 +49,7 @@ class Experiment(ExperimentManager):
     """
 
     def __init__(self, run: Run, folder: Path) -> None:
-        zoo_name = ALGORITHMS[run.algo].zoo_name
+        zoo_name = ALGORITHMS[base(run.algo)].zoo_name
         super().__init__(
             Namespace(),
             zoo_name,
