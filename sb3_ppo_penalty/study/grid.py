@@ -28,7 +28,7 @@ DOCUMENT_BATCH = 2048
 #: Settings that make the objective; every other one is the policy's, the critic's or the optimizer's
 OBJECTIVE_SETTINGS = {
     *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
-    *("kl_controller", "kl_penalty"),
+    *("kl_controller", "kl_penalty", "guard"),
     *("cg_max_steps", "cg_damping", "line_search_shrinking_factor", "line_search_max_iter"),
     *("n_critic_updates", "sub_sampling_factor"),
 }

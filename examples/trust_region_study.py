@@ -1,0 +1,179 @@
+"""
+Which way of holding the policy pays: controllers, cutoff, truncated ratios, guard and clip side by side on nine environments.
+
+    python examples/trust_region_study.py                              # all of it: hours on two cores
+    python examples/trust_region_study.py --envs Ant-v5                # one environment
+    python examples/trust_region_study.py --share 0.1 --seeds 1        # a tenth of the steps, to see how it looks
+
+Every environment is one `python -m sb3_ppo_penalty compare --same-policy`: policy, network, minibatches, learning rate and
+all else come from this package's entry for `ppo_clip`, and only the objective differs. Stock PPO, `ppo`, is then PPOClip bit
+for bit and stands for both. Started again, the study goes on with the runs that are missing. `summary.md` and `summary.csv`
+have what an algorithm came to; next to it, over the last fifth of training, what its updates looked like.
+"""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sb3_ppo_penalty.study import cli, grid, results
+from sb3_ppo_penalty.study.algorithms import BASELINE
+from sb3_ppo_penalty.study.report import NONE, markdown, number, with_interval
+
+
+class Scale(NamedTuple):
+    """
+    :param n_timesteps: environment steps of a run
+    :param n_eval_episodes: of its last evaluation, and of those during training if they are fewer than 50
+    """
+
+    n_timesteps: int
+    n_eval_episodes: int
+
+
+#: Short episodes are evaluated often; MuJoCo's, of up to 1,000 steps, cost as much to evaluate as to train on
+ENVIRONMENTS = {
+    "Pendulum-v1": Scale(60_000, 200),
+    "CartPole-v1": Scale(40_000, 50),
+    "Acrobot-v1": Scale(60_000, 50),
+    "MountainCarContinuous-v0": Scale(40_000, 50),
+    "LunarLanderContinuous-v3": Scale(150_000, 50),
+    "InvertedPendulum-v5": Scale(60_000, 20),
+    "HalfCheetah-v5": Scale(150_000, 10),
+    "Hopper-v5": Scale(150_000, 20),
+    "Ant-v5": Scale(300_000, 20),
+}
+#: What all penalties start from
+PENALTY = {"clip_range": None, "target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 1.5, "guard": None}
+PER_STATE = {"cutoff_coef": 100.0, "per_state": True}
+#: name -> what it is tried with beside PENALTY
+VARIANTS: dict[str, dict[str, Any]] = {
+    "document": {},
+    "fixed": {"kl_controller": "fixed"},
+    "proportional": {"kl_controller": "proportional"},
+    "dual": {"kl_controller": "dual"},
+    "clip": {"clip_range": 0.2},
+    "cutoff": {"kl_penalty": {"cutoff_coef": 1000.0}},
+    "per-state": {"kl_penalty": PER_STATE},
+    "truncated": {"kl_penalty": {"max_ratio": 2.0}},
+    "guard": {"guard": "rollback"},
+}
+#: Mean over the last fifth of training of what an update left behind
+DIAGNOSTICS = {
+    "kl": "KL",
+    "kl_p99": "99th percentile",
+    "kl_max_state": "largest of a state",
+    "kl_coef": "kl_coef",
+    "max_ratio": "largest ratio",
+    "effective_sample_size": "effective sample size",
+    "std": "std",
+}
+
+
+def words_of(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
+    """
+    :param env: id of the environment
+    :param names: of variants
+    :param chosen: arguments of the command line
+    :return: arguments of `python -m sb3_ppo_penalty compare`
+    """
+    steps, episodes = ENVIRONMENTS[env]
+    steps = max(int(steps * chosen.share), 1)
+    algos = [BASELINE, *(f"ppo_penalty+{name}" for name in names)]
+    given = {f"ppo_penalty+{name}": {**PENALTY, **VARIANTS[name]} for name in names}
+    pairs = [f"{algo}:{key}={value!r}" for algo, own in given.items() for key, value in own.items()]
+    words = ["--env", env, "--algos", *algos, "--same-policy", "--seeds", str(chosen.seeds)]
+    words += ["--first-seed", str(chosen.first_seed), "--n-timesteps", str(steps), "--eval-freq", str(max(steps // 4, 1))]
+    words += ["--n-eval-episodes", str(episodes), "--out", str(chosen.out / env), "--hyperparams", *pairs]
+    return [*words, "--n-jobs", str(chosen.n_jobs)]
+
+
+def measured(comparison: grid.Comparison) -> pd.DataFrame:
+    """
+    :param comparison: finished
+    :return: a row for each algorithm: what it came to, and what its updates looked like in the end
+    """
+    found = results.read(comparison.runs, comparison.out, comparison.threshold)
+    rows = results.summary(found, comparison.optimum)
+    rows.insert(0, "env", comparison.task.env)
+    rows["steps"] = comparison.task.n_timesteps
+    batches = found.runs.groupby("algo")["last_batch_return"].apply(results.iqm)
+    rows["last_batch_return"] = batches.reindex(rows.index)
+    late = found.updates[found.updates["time/total_timesteps"] > 0.8 * comparison.task.n_timesteps]
+    for name in DIAGNOSTICS:
+        column = f"train/{name}"
+        rows[name] = late.groupby("algo")[column].mean().reindex(rows.index) if column in late else np.nan
+    return rows.reset_index()
+
+
+def cell(value: float) -> str:
+    """
+    :param value: of a diagnostic
+    :return: with three significant digits; a dash where nothing was logged
+    """
+    return f"{value:.3g}" if np.isfinite(value) else NONE
+
+
+def table(rows: pd.DataFrame) -> str:
+    """
+    :param rows: of one environment
+    :return: in Markdown
+    """
+    headers = ["", "final return", "with noise, last batch", f"P(better than {BASELINE})", *DIAGNOSTICS.values()]
+    lines = []
+    for _, row in rows.iterrows():
+        better = number(row.get("improvement", np.nan), 2)
+        name = row["algo"].replace("ppo_penalty+", "")
+        figures = [cell(row[diagnostic]) for diagnostic in DIAGNOSTICS]
+        lines.append([name, with_interval(row, "final_return"), number(row["last_batch_return"]), better, *figures])
+    return markdown(headers, lines)
+
+
+def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path) -> None:
+    """
+    :param rows: of all environments
+    :param comparisons: that they come from
+    :param out: folder for the summary
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in comparisons[0].runs[0].versions.items())
+    parts = [f"# How the policy is held\n\n{versions}\n"]
+    for comparison in comparisons:
+        own = rows[rows["env"] == comparison.task.env]
+        seeds = sorted({run.seed for run in comparison.runs})
+        head = f"## {comparison.task.env}\n\n{comparison.task.n_timesteps:,} steps, seeds {seeds[0]} to {seeds[-1]}, "
+        parts.append(f"{head}{comparison.task.n_eval_episodes} evaluation episodes.\n\n{table(own)}")
+    (out / "summary.md").write_text("\n".join(parts), encoding="utf-8")
+    rows.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: of the command line
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--envs", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="ID")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of each environment's steps")
+    parser.add_argument("--n-jobs", type=int, default=-1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/trust_region"))
+    chosen = parser.parse_args(arguments)
+    comparisons = []
+    for env in chosen.envs:
+        words = words_of(env, chosen.variants, chosen)
+        print(f"\n{shlex.join(words)}", flush=True)
+        if cli.main(words):
+            raise SystemExit(f"{env}: a run failed, see above")
+        comparisons.append(cli.build_comparison(cli.build_parser().parse_args(words), ""))
+        rows = pd.concat([measured(comparison) for comparison in comparisons], ignore_index=True)
+        write(rows, comparisons, chosen.out)
+    print((chosen.out / "summary.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
