@@ -35,32 +35,35 @@ class Scale(NamedTuple):
     n_eval_episodes: int
 
 
-#: Short episodes are evaluated often; MuJoCo's, of up to 1,000 steps, cost as much to evaluate as to train on
+#: As many steps as show a difference; MuJoCo's episodes, of up to 1,000 steps, cost as much to evaluate as to train on
 ENVIRONMENTS = {
     "Pendulum-v1": Scale(60_000, 200),
-    "CartPole-v1": Scale(40_000, 50),
-    "Acrobot-v1": Scale(60_000, 50),
-    "MountainCarContinuous-v0": Scale(40_000, 50),
-    "LunarLanderContinuous-v3": Scale(150_000, 50),
-    "InvertedPendulum-v5": Scale(60_000, 20),
-    "HalfCheetah-v5": Scale(150_000, 10),
-    "Hopper-v5": Scale(150_000, 20),
-    "Ant-v5": Scale(300_000, 20),
+    "CartPole-v1": Scale(30_000, 50),
+    "Acrobot-v1": Scale(50_000, 50),
+    "MountainCarContinuous-v0": Scale(30_000, 20),
+    "LunarLanderContinuous-v3": Scale(100_000, 30),
+    "InvertedPendulum-v5": Scale(40_000, 20),
+    "HalfCheetah-v5": Scale(100_000, 5),
+    "Hopper-v5": Scale(100_000, 20),
+    "Ant-v5": Scale(300_000, 10),
 }
+#: From this many steps on a run gains from compilation more than it costs
+COMPILED_FROM = 100_000
 #: What all penalties start from
-PENALTY = {"clip_range": None, "target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 1.5, "guard": None}
-PER_STATE = {"cutoff_coef": 100.0, "per_state": True}
+PENALTY = {"target_kl": 0.03, "kl_coef": 1.0, "kl_coef_factor": 1.5}
 #: name -> what it is tried with beside PENALTY
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},
     "fixed": {"kl_controller": "fixed"},
     "proportional": {"kl_controller": "proportional"},
     "dual": {"kl_controller": "dual"},
-    "clip": {"clip_range": 0.2},
-    "cutoff": {"kl_penalty": {"cutoff_coef": 1000.0}},
-    "per-state": {"kl_penalty": PER_STATE},
-    "truncated": {"kl_penalty": {"max_ratio": 2.0}},
-    "guard": {"guard": "rollback"},
+    "clip": {"kl_controller": "proportional", "clip_range": 0.2},
+    "cutoff": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 1000.0}},
+    "per-state": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 100.0, "per_state": True}},
+    "truncated": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 2.0}},
+    "guard": {"kl_controller": "proportional", "guard": "rollback"},
+    "guard-max": {"kl_controller": "proportional", "guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
+    "truncated-guard": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 2.0}, "guard": "rollback"},
 }
 #: Mean over the last fifth of training of what an update left behind
 DIAGNOSTICS = {
@@ -84,7 +87,8 @@ def words_of(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list
     steps, episodes = ENVIRONMENTS[env]
     steps = max(int(steps * chosen.share), 1)
     algos = [BASELINE, *(f"ppo_penalty+{name}" for name in names)]
-    given = {f"ppo_penalty+{name}": {**PENALTY, **VARIANTS[name]} for name in names}
+    common = {**PENALTY, "compile": steps >= COMPILED_FROM}
+    given = {f"ppo_penalty+{name}": {**common, **VARIANTS[name]} for name in names}
     pairs = [f"{algo}:{key}={value!r}" for algo, own in given.items() for key, value in own.items()]
     words = ["--env", env, "--algos", *algos, "--same-policy", "--seeds", str(chosen.seeds)]
     words += ["--first-seed", str(chosen.first_seed), "--n-timesteps", str(steps), "--eval-freq", str(max(steps // 4, 1))]
@@ -157,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="ID")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of each environment's steps")
     parser.add_argument("--n-jobs", type=int, default=-1, help="runs at a time")
