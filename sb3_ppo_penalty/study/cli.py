@@ -193,12 +193,13 @@ def compare(comparison: "Comparison", n_jobs: int) -> int:
     :return: exit code: 1 if a run failed
     """
     from sb3_ppo_penalty.study.execution import execute, is_finished
+    from sb3_ppo_penalty.study.processes import perform_all
     from sb3_ppo_penalty.study.report import table, write
     from sb3_ppo_penalty.study.results import read
 
     done = sum(is_finished(run, comparison.out) for run in comparison.runs)
     say(f"{len(comparison.runs)} runs, {done} of them finished before, in {comparison.out}")
-    errors = execute(comparison.runs, comparison.out, n_jobs)
+    errors = execute(comparison.runs, comparison.out, n_jobs, perform_all)
     results = read(comparison.runs, comparison.out, comparison.threshold)
     if results.algos:
         write(comparison, results, errors)
