@@ -32,6 +32,10 @@ class Outcome(NamedTuple):
     error: str
 
 
+class BackendError(RuntimeError):
+    """The place where the runs were to be performed cannot be reached."""
+
+
 #: Where runs are performed: given those that remain, the comparison's folder, and how many at a time (-1: as many as there are
 #: cores), it leaves a folder for each that finishes and gives each one's outcome as soon as it has one
 Backend = Callable[[list[Run], Path, int], Iterator[Outcome]]
