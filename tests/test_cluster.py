@@ -47,11 +47,12 @@ gym.register("Deadly-v1", Deadly, max_episode_steps=20)
 """
 
 
-def wait_until(condition, seconds: float = 200) -> None:
+def wait_until(condition, seconds: float = 200):
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+    return found
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen:
@@ -68,21 +69,29 @@ def make_nobody(tmp_path_factory) -> subprocess.Popen:
     process.communicate()
 
 
+def start_ray(folder: str) -> tuple[subprocess.Popen, str]:
+    """A cluster that keeps all its files in a folder, and its address."""
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "TMPDIR": folder}
+    # Coverage would be measured in every process of Ray's own
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    for _ in range(3):  # Ray gives its processes thirty seconds to come up, which a machine with much else to do may not
+        head = subprocess.Popen([sys.executable, "-c", HEAD], env={**inherited, **settings}, **pipes)
+        address = head.stdout.readline().strip()
+        if address:
+            return head, address
+        head.communicate()
+    pytest.fail("Ray has not started: its reason stands in the captured stderr")
+
+
 @pytest.fixture(name="ray_cluster", scope="module")
 def make_ray_cluster(nobody: subprocess.Popen) -> dict[str, str]:
     """What a comparison's environment needs to find it, and the folder for its workers' temporary files."""
-    with TemporaryDirectory() as folder:  # short, because the paths of its sockets may not be long
-        settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "TMPDIR": folder}
-        # Seconds to come up in, on a machine that does much else
-        settings |= {"RAY_raylet_start_wait_time_s": "120", "RAY_gcs_server_port_wait_time_s": "120"}
-        # Coverage would be measured in every process of Ray's own
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen([sys.executable, "-c", HEAD], env={**inherited, **settings}, **pipes) as head:
-            address = head.stdout.readline().strip()
-            assert address, "Ray has not started: its reason stands in the captured stderr"
-            yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "TMPDIR": folder}
-            head.stdin.close()
+    # (short, because the paths of its sockets may not be long)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        head, address = start_ray(folder)
+        yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "TMPDIR": folder}
+        head.communicate()
 
 
 def workers(ray_cluster: dict[str, str]) -> set[int]:
@@ -111,8 +120,7 @@ def make_study(ray_cluster: dict[str, str], tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("study")
     first = start(*GRID, "--n-jobs", "1", "--out", str(out), **ray_cluster)
     wait_until(lambda: finished(out) or first.poll() is not None)
-    wait_until(lambda: workers(ray_cluster) or first.poll() is not None)
-    under_way = workers(ray_cluster)
+    under_way = wait_until(lambda: workers(ray_cluster) or first.poll() is not None)
     first.kill()
     _, errors = first.communicate()
     assert first.returncode == -signal.SIGKILL, errors
@@ -152,9 +160,8 @@ def test_results_are_those_of_this_machine_bit_by_bit(study, tmp_path: Path) -> 
         for name in ("evaluations.npz", "final_evaluation.npz"):
             with np.load(there / name) as theirs, np.load(here / name) as ours:
                 assert theirs["results"].tolist() == ours["results"].tolist(), f"{run.name}: {name}"
-        theirs, ours = (
-            load_from_zip_file(folder / "Pendulum-v1.zip", load_data=False)[1]["policy"] for folder in (there, here)
-        )
+        zips = [folder / "Pendulum-v1.zip" for folder in (there, here)]
+        theirs, ours = (load_from_zip_file(path, load_data=False)[1]["policy"] for path in zips)
         assert all(th.equal(theirs[name], ours[name]) for name in {**theirs, **ours})
 
 
