@@ -72,16 +72,17 @@ def make_nobody(tmp_path_factory) -> subprocess.Popen:
 def start_ray(folder: str) -> tuple[subprocess.Popen, str]:
     """A cluster that keeps all its files in a folder, and its address."""
     settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "TMPDIR": folder}
+    # Seconds to come up in, which Ray's own thirty are too few for on a machine with much else to do
+    settings["RAY_raylet_start_wait_time_s"] = "120"
     # Coverage would be measured in every process of Ray's own
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    for _ in range(3):  # Ray gives its processes thirty seconds to come up, which a machine with much else to do may not
-        head = subprocess.Popen([sys.executable, "-c", HEAD], env={**inherited, **settings}, **pipes)
-        address = head.stdout.readline().strip()
-        if address:
-            return head, address
+    head = subprocess.Popen([sys.executable, "-c", HEAD], env={**inherited, **settings}, **pipes)
+    address = head.stdout.readline().strip()
+    if not address:
         head.communicate()
-    pytest.fail("Ray has not started: its reason stands in the captured stderr")
+        pytest.fail("Ray has not started: its reason stands in the captured stderr")
+    return head, address
 
 
 @pytest.fixture(name="ray_cluster", scope="module")
