@@ -130,14 +130,13 @@ def make_study(ray_cluster: dict[str, str], tmp_path_factory) -> dict:
     second = start(*GRID, "--out", str(out), **ray_cluster)
     said, errors = second.communicate()
     assert second.returncode == 0, errors
-    return {"out": out, "before": before, "under_way": under_way, "said": said, "errors": errors}
+    return {"out": out, "before": before, "said": said, "errors": errors}
 
 
 def test_runs_arrive_as_they_finish_and_what_is_there_is_not_made_again(study) -> None:
     kept = {name.split("/")[1] for name in study["before"]}
     after = finished(study["out"])
     assert 1 <= len(kept) < 4
-    assert len(study["under_way"]) == 1  # `--n-jobs 1`, on two CPUs
     assert {name: after[name] for name in study["before"]} == study["before"]
     runs = sorted(path.name for path in (study["out"] / "runs").iterdir())
     assert [name.rpartition("-")[0] for name in runs] == ["ppo-seed0", "ppo-seed1", "ppo_penalty-seed0", "ppo_penalty-seed1"]
@@ -236,6 +235,25 @@ def test_what_a_run_has_written_comes_back_and_nothing_stays_on_the_node(tmp_pat
 def test_places_are_counted_back_from_the_cluster_s_cpus(n_jobs: int, places: int, monkeypatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0, "memory": 1e9})
     assert cluster._places(n_jobs) == places
+
+
+def test_so_many_are_under_way_and_the_first_to_end_is_the_first_to_arrive(tmp_path: Path, monkeypatch) -> None:
+    under_way = []
+
+    def last_one_ends(references: list[int]) -> tuple[list[int], list[int]]:
+        under_way.append(len(references))
+        return references[-1:], references[:-1]
+
+    monkeypatch.setattr("ray.wait", last_one_ends)
+    monkeypatch.setattr("ray.shutdown", lambda: under_way.append("end"))
+    monkeypatch.setattr(cluster, "_submit", lambda run: run.seed)
+    monkeypatch.setattr(cluster, "_fetch", lambda run, *_: execution.Outcome(str(run.seed), ""))
+    runs = [a_run(seed=seed, versions={}) for seed in range(5)]
+    outcomes = cluster._as_they_end(runs, tmp_path, n_jobs=2)
+    assert next(outcomes).name == "1"
+    assert under_way == [2]
+    assert [outcome.name for outcome in outcomes] == ["2", "3", "4", "0"]
+    assert under_way == [2, 2, 2, 2, 1, "end"]
 
 
 def test_no_run_at_a_time_is_refused(capsys) -> None:
