@@ -56,9 +56,9 @@ LAW = {
 TOOLS = {
     "zoo": {"public", "zoo", SB3, "gymnasium", "optuna", "rl_zoo3", "numpy", "torch"},
     "study": {"public", "zoo", "study", SB3, "gymnasium", "joblib", "matplotlib", "numpy", "pandas", "rl_zoo3", "scipy"}
-    | {"pytablewriter", "sb3_contrib", "torch", "tqdm", "yaml"},
+    | {"pytablewriter", "ray", "sb3_contrib", "torch", "tqdm", "yaml"},
 }
-FOREIGN_TO_THE_CORE = ["rl_zoo3", "joblib", "pandas", "matplotlib", "optuna", "scipy", "sb3_contrib"]
+FOREIGN_TO_THE_CORE = ["rl_zoo3", "joblib", "pandas", "matplotlib", "optuna", "ray", "scipy", "sb3_contrib"]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -89,6 +89,10 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 def test_tools_stand_on_what_a_user_sees(tool: str) -> None:
     for path in (PACKAGE / tool).rglob("*.py"):
         assert imports_of(path) <= TOOLS[tool] | {"sb3_ppo_penalty"}, path.name
+
+
+def test_only_the_cluster_needs_ray() -> None:
+    assert [path.name for path in PACKAGE.rglob("*.py") if "ray" in imports_of(path)] == ["cluster.py"]
 
 
 def test_every_room_has_a_law() -> None:

@@ -12,10 +12,13 @@ from sb3_ppo_penalty import zoo
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, OWN
 
 if TYPE_CHECKING:
+    from sb3_ppo_penalty.study.execution import Backend
     from sb3_ppo_penalty.study.grid import Comparison, Task
 
 #: Beyond what RL Zoo needs
 REQUIRED = ("joblib", "matplotlib", "pytablewriter", "scipy", "tqdm", "yaml")
+#: Where the runs are performed
+LOCAL, RAY = "local", "ray"
 DEFAULT_ALGOS = ("ppo_penalty", "ppo_clip", "ppo", "trpo")
 #: (seeds, steps): a first look within five minutes on two cores, and the study behind a claim. 100,000 steps are what RL Zoo's
 #: entries for Pendulum-v1 were tuned for: much shorter runs, whose learning rate falls the faster, say little about them. With
@@ -68,11 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n-timesteps", type=_positive, metavar="N", help=f"environment steps of a run (default: {FIRST_LOOK[1]})")
     add(
         "--n-jobs",
-        type=int,
+        type=_n_jobs,
         default=-1,
         metavar="N",
-        help="runs at a time, a core each; -1: as many as there are cores (default)",
+        help="runs at a time, a core each; -1: as many as there are cores, here or in the cluster (default)",
     )
+    where = "where the runs are performed: by processes of this machine, or by an existing Ray cluster (RAY_ADDRESS, else the "
+    where += "one of this machine; default: %(default)s)"
+    add("--backend", default=LOCAL, choices=[LOCAL, RAY], help=where)
     add("--out", metavar="FOLDER", help="default: runs/ and the environment's name, here runs/pendulum")
     add("--conf-file", nargs="+", default=[], metavar="[ALGO:]FILE", help="hyperparameters, YAML as in RL Zoo")
     add("--hyperparams", nargs="+", default=[], metavar="[ALGO:]KEY=VALUE", help="overwrite single hyperparameters")
@@ -108,6 +114,16 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
+
+
+def _n_jobs(text: str) -> int:
+    """
+    :param text: of the command line
+    :return: a number that is not 0: joblib counts negative ones back from all cores
+    """
+    if int(text) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, or -1 for as many as there are cores, got 0")
+    return int(text)
 
 
 def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str, str]]:
@@ -200,12 +216,28 @@ def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison
     return grid.Comparison(grid.plan(settings, task, seeds), task, settings, out, threshold, donor, command)
 
 
-def compare(comparison: "Comparison", n_jobs: int) -> int:
+def backend_named(name: str) -> "Backend":
+    """
+    :param name: of the command line
+    :return: where the runs are performed
+    """
+    # Not at the top: Ray is optional, and takes a second
+    if name == RAY:
+        from sb3_ppo_penalty.study import cluster
+
+        return cluster.perform_all
+    from sb3_ppo_penalty.study import processes
+
+    return processes.perform_all
+
+
+def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     """
     Perform what is missing, then report on all there is.
 
     :param comparison: to be made or finished
     :param n_jobs: runs at a time
+    :param backend: where
     :return: exit code: 1 if a run failed
     """
     from sb3_ppo_penalty.study.execution import execute, is_finished
@@ -214,7 +246,7 @@ def compare(comparison: "Comparison", n_jobs: int) -> int:
 
     done = sum(is_finished(run, comparison.out) for run in comparison.runs)
     say(f"{len(comparison.runs)} runs, {done} of them finished before, in {comparison.out}")
-    errors = execute(comparison.runs, comparison.out, n_jobs)
+    errors = execute(comparison.runs, comparison.out, n_jobs, backend_named(backend))
     results = read(comparison.runs, comparison.out, comparison.threshold)
     if results.algos:
         write(comparison, results, errors)
@@ -240,12 +272,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in (*zoo.REQUIRED, *REQUIRED) if find_spec(name) is None]
     if missing:
         parser.exit(1, f"{zoo.MissingExtraError('compare', *missing)}\n")
+    if arguments.backend == RAY and find_spec("ray") is None:
+        parser.exit(1, f"{zoo.MissingExtraError('compare --backend ray', 'ray', extra='ray')}\n")
     try:
         comparison = build_comparison(arguments, shlex.join([*PROGRAM.split(), *words]))
     except ValueError as error:
         parser.error(str(error))
+    # Not at the top: it takes what may have been missing
+    from sb3_ppo_penalty.study.execution import BackendError
+
     try:
-        return compare(comparison, arguments.n_jobs)
+        return compare(comparison, arguments.n_jobs, arguments.backend)
+    except BackendError as error:
+        parser.exit(1, f"{PROGRAM} --backend {arguments.backend}: {error}\n")
     except KeyboardInterrupt:
         say("\nEnded. What is finished is kept; the same command goes on from here.")
         return 130

@@ -4,14 +4,12 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
-from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sb3_ppo_penalty.study.grid import Run
@@ -22,8 +20,6 @@ RUNS, FAILURES = "runs", "failures"
 LOG = "log.txt"
 #: Seconds between two looks at how far the runs are: at a terminal, and where every look leaves a line behind
 REFRESH, REFRESH_LOG = 0.5, 30.0
-#: Seconds after which a process without work ends, also when the one that gave it work is gone
-IDLE = 30
 
 
 class Outcome(NamedTuple):
@@ -36,6 +32,15 @@ class Outcome(NamedTuple):
     error: str
 
 
+class BackendError(RuntimeError):
+    """The place where the runs were to be performed cannot be reached."""
+
+
+#: Where runs are performed: given those that remain, the comparison's folder, and how many at a time (-1: as many as there are
+#: cores), it leaves a folder for each that finishes and gives each one's outcome as soon as it has one
+Backend = Callable[[list[Run], Path, int], Iterator[Outcome]]
+
+
 def is_finished(run: Run, out: Path) -> bool:
     """
     :param run: of the comparison
@@ -45,7 +50,7 @@ def is_finished(run: Run, out: Path) -> bool:
     return (out / RUNS / run.name).is_dir()
 
 
-def _unfinished_folders(out: Path, name: str = "") -> list[Path]:
+def unfinished_folders(out: Path, name: str = "") -> list[Path]:
     """
     :param out: the comparison's folder
     :param name: of a run; empty for all of them
@@ -80,23 +85,26 @@ def attempt(run: Run, out: Path, waiting: int) -> Outcome:
     return Outcome(run.name, "")
 
 
-def execute(runs: Iterable[Run], out: Path, n_jobs: int) -> dict[str, str]:
+def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> dict[str, str]:
     """
     Perform those that are not finished.
 
     :param runs: of the comparison
     :param out: the comparison's folder; gets a folder for each finished run and a traceback for each that failed
     :param n_jobs: how many at a time, -1 for as many as there are cores
+    :param backend: where
     :return: tracebacks by run
     """
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / FAILURES, ignore_errors=True)
-    _clear(out)
+    clear(out)
     runs = list(runs)
-    remaining = {run.name: run for run in runs if not is_finished(run, out)}
+    remaining = [run for run in runs if not is_finished(run, out)]
     errors = {}
+    # (a cluster need not be there where nothing remains to be done)
+    outcomes: Iterable[Outcome] = backend(remaining, out, n_jobs) if remaining else ()
     with progress_bar(runs, out) as bar:
-        for outcome in _outcomes(remaining, out, n_jobs):
+        for outcome in outcomes:
             if outcome.error:
                 errors[outcome.name] = outcome.error
                 (out / FAILURES).mkdir(exist_ok=True)
@@ -105,70 +113,11 @@ def execute(runs: Iterable[Run], out: Path, n_jobs: int) -> dict[str, str]:
     return errors
 
 
-def _outcomes(remaining: dict[str, Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
-    """
-    :param remaining: by name; emptied
-    :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: each run's outcome as soon as it has one
-    """
-    while remaining:
-        yield from _until_one_dies(remaining, out, n_jobs)
-
-
-def _until_one_dies(remaining: dict[str, Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
-    """
-    :param remaining: by name; those that have an outcome leave it
-    :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: outcomes, until all have one or a process has died without a word (out of memory, a fault in native code)
-    """
-    try:
-        for outcome in _in_processes(remaining.values(), out, n_jobs):
-            del remaining[outcome.name]
-            yield outcome
-    except BrokenProcessPool:
-        # It took the other processes with it. What was under way goes one by one: only the run at fault fails again
-        suspects = [name for name in remaining if _unfinished_folders(out, name)]
-        _clear(out)
-        if not suspects:
-            raise
-        for name in suspects:
-            yield _alone(remaining.pop(name), out)
-
-
-def _alone(run: Run, out: Path) -> Outcome:
-    """
-    :param run: one that was under way when a process died
-    :param out: the comparison's folder
-    :return: its outcome in a process of its own
-    """
-    if is_finished(run, out):
-        return Outcome(run.name, "")
-    try:
-        return next(iter(_in_processes([run], out, n_jobs=2)))  # with one job joblib would stay in this process
-    except BrokenProcessPool:
-        _clear(out)
-        return Outcome(run.name, f"its process died: {traceback.format_exc(limit=0)}")
-
-
-def _in_processes(runs: Iterable[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
-    """
-    :param runs: to be performed
-    :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: outcomes in the order in which the runs end
-    """
-    with parallel_config(backend="loky", inner_max_num_threads=1, idle_worker_timeout=IDLE):
-        pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-        yield from pool(delayed(attempt)(run, out, os.getpid()) for run in list(runs))
-
-
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """
     :param out: the comparison's folder: what runs that were broken off have left goes
     """
-    for path in _unfinished_folders(out):
+    for path in unfinished_folders(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -178,7 +127,7 @@ def _steps_under_way(out: Path) -> int:
     :return: environment steps made by runs that are not finished
     """
     steps = 0
-    for folder in _unfinished_folders(out):
+    for folder in unfinished_folders(out):
         with suppress(FileNotFoundError, NotADirectoryError):  # not begun, ended between two looks, or a log
             steps += int((folder / STEPS).read_text())
     return steps

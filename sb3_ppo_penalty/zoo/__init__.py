@@ -15,10 +15,11 @@ class MissingExtraError(ModuleNotFoundError):
 
     :param what: the part of the package that needs it
     :param names: of the modules
+    :param extra: that brings them
     """
 
-    def __init__(self, what: str, *names: str) -> None:
-        sentence = f'{what} cannot run without {" and ".join(names)}: pip install "sb3_ppo_penalty[zoo]"'
+    def __init__(self, what: str, *names: str, extra: str = "zoo") -> None:
+        sentence = f'{what} cannot run without {" and ".join(names)}: pip install "sb3_ppo_penalty[{extra}]"'
         super().__init__(sentence, name=names[0])
 
 

@@ -1,0 +1,167 @@
+"""
+Runs on a Ray cluster: each is a task of its own, whose result is what the run has written.
+
+Tasks, and not joblib's backend ``ray``: without ``return_as="generator_unordered"`` all runs would arrive with the last one.
+"""
+
+import logging
+import os
+import platform
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ray
+from ray.exceptions import RayError
+
+from sb3_ppo_penalty.study.execution import RUNS, BackendError, Outcome, attempt
+from sb3_ppo_penalty.study.grid import Run, installed_versions
+
+#: A run's folder on its way: content by file name, relative to the folder
+Files = dict[str, bytes]
+#: What comes back from a node
+Delivery = tuple[Outcome, Files]
+
+
+def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+    """
+    :param runs: to be performed
+    :param out: the comparison's folder; of this machine, the cluster need not see it
+    :param n_jobs: how many at a time, -1 for as many as the cluster has CPUs, -2 for one less, and so on
+    :return: each run's outcome as soon as it has one
+    :raises BackendError: if there is no cluster, or none that has what the runs need
+    """
+    _connect()
+    if any(map(_gpus, runs)) and not _resources().get("GPU"):
+        ray.shutdown()
+        raise BackendError(f"--device {runs[0].task.device}: no node of the cluster has a GPU")
+    return _as_they_end(runs, out, n_jobs)
+
+
+def _connect() -> None:
+    """
+    Join the cluster that ``RAY_ADDRESS`` names, or else the one that this machine is part of.
+
+    :raises BackendError: if there is none
+    """
+    # Seconds. Where nobody answers, Ray would else try for a quarter of an hour
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (ImportError, OSError, RayError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise BackendError(
+            f"no Ray cluster can be reached ({reason}): start one with `ray start --head`, or set RAY_ADDRESS to one that runs"
+        ) from error
+
+
+def _as_they_end(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+    """
+    :param runs: to be performed
+    :param out: the comparison's folder
+    :param n_jobs: how many at a time
+    :return: outcomes in the order in which the runs end
+    """
+    queue = deque(runs)
+    under_way: dict[ray.ObjectRef[Delivery], Run] = {}
+    try:
+        while queue or under_way:
+            while queue and len(under_way) < _places(n_jobs):
+                run = queue.popleft()
+                under_way[_submit(run)] = run
+            (ended, *_), _ = ray.wait(list(under_way))
+            yield _fetch(under_way.pop(ended), ended, out)
+    finally:
+        ray.shutdown()
+
+
+def _places(n_jobs: int) -> int:
+    """
+    :param n_jobs: of the command line
+    :return: how many runs may be under way now; nodes come and go
+    """
+    return n_jobs if n_jobs > 0 else max(int(_resources().get("CPU", 0)) + 1 + n_jobs, 1)
+
+
+def _resources() -> dict[str, float]:
+    """:return: CPUs, GPUs and more of all nodes together, taken or not."""
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _submit(run: Run) -> "ray.ObjectRef[Delivery]":
+    """
+    :param run: to be performed
+    :return: what it will leave behind
+    """
+    # A run whose worker dies has failed: Ray would try it again in silence, and take worker after worker down with it
+    task = ray.remote(perform_here).options(name=run.name, num_cpus=1, num_gpus=_gpus(run), max_retries=0)
+    return task.remote(run)
+
+
+def _gpus(run: Run) -> int:
+    """
+    :param run: to be performed
+    :return: how many it needs: Ray hides those that a task has not asked for
+    """
+    return 1 if run.task.device.startswith("cuda") else 0
+
+
+def perform_here(run: Run) -> Delivery:
+    """
+    Perform a run on a node of the cluster; Ray ends it when the comparison that waits for it is gone.
+
+    :param run: what to train
+    :return: its outcome, and its folder if it finished
+    """
+    difference = _difference(run.versions, installed_versions())
+    if difference:
+        return Outcome(run.name, f"node {platform.node()} is not installed like the comparison's machine: {difference}"), {}
+    with TemporaryDirectory(prefix="sb3_ppo_penalty-") as room:
+        (Path(room) / RUNS).mkdir()
+        outcome = attempt(run, Path(room), waiting=os.getpid())
+        folder = Path(room) / RUNS / run.name
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return outcome, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _difference(wanted: dict[str, str], here: dict[str, str]) -> str:
+    """
+    :param wanted: versions that the run says it is made with
+    :param here: versions on this node
+    :return: what is not the same, in words
+    """
+    names = [name for name in sorted({*wanted, *here}) if wanted.get(name) != here.get(name)]
+    return ", ".join(f"{name} {here.get(name, 'missing')} instead of {wanted.get(name, 'none')}" for name in names)
+
+
+def _fetch(run: Run, ended: "ray.ObjectRef[Delivery]", out: Path) -> Outcome:
+    """
+    :param run: that has ended
+    :param ended: what it has left behind
+    :param out: the comparison's folder; gets the run's
+    :return: the run's outcome
+    """
+    try:
+        outcome, files = ray.get(ended)
+    except RayError as error:
+        return Outcome(run.name, f"not performed by the cluster: {type(error).__name__}: {error}")
+    if files:
+        _keep(run, files, out)
+    return outcome
+
+
+def _keep(run: Run, files: Files, out: Path) -> None:
+    """
+    Write a finished run into a hidden folder that takes its name at the end, in one step.
+
+    :param run: finished
+    :param files: of its folder
+    :param out: the comparison's folder
+    """
+    folder = out / RUNS / f".{run.name}.{os.getpid()}"
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    os.rename(folder, out / RUNS / run.name)
