@@ -430,6 +430,16 @@ def test_what_all_states_share_is_copied_where_it_learns_and_else_kept():
     assert joined.per_state[0].shape == (6, 2)
 
 
+def test_a_matrix_of_each_state_is_joined_with_its_state():
+    generator = th.Generator().manual_seed(0)
+    mean, factor = th.randn(6, 4, generator=generator, dtype=th.float64), random_factor(6, seed=1)
+    new = MultivariateNormal(th.zeros(6, 4, dtype=th.float64), scale_tril=random_factor(seed=2))
+    chunks = [MultivariateNormal(mean[rows], scale_tril=factor[rows]) for rows in (slice(4), slice(4, 6))]
+    kl = kl_divergence(concatenate([parameters_of(holding(chunk)) for chunk in chunks]), parameters_of(holding(new)))
+    reference = torch_kl_divergence(MultivariateNormal(mean, scale_tril=factor), new)
+    th.testing.assert_close(kl, reference, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_frozen_parameters_stay_when_the_policy_moves(name):
     policy, observations = make_policy(name), states(5)
