@@ -1,6 +1,7 @@
 """Checks of what a user passes in: one error that names the argument, its value and what is allowed."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -84,3 +85,19 @@ def require_number(
     others = ["a schedule"] * schedule + ["None"] * optional
     allowed = " or ".join([" ".join([kind, " and ".join(limits)]).strip(), *others])
     require(inside and finite, name, value, allowed)
+
+
+def schedule_at(name: str, schedule: Callable[[float], Any], progress: float, *, infinite: bool = False) -> float:
+    """
+    What a schedule asks for; 0 also where the argument itself must be above it, because there schedules end.
+
+    :param name: of the argument
+    :param schedule: what was passed
+    :param progress: remaining, from 1 to 0
+    :param infinite: whether infinity is allowed
+    :return: a number of at least 0
+    :raises ArgumentError: naming the schedule and the progress, for any other answer
+    """
+    number = schedule(progress)
+    require_number(f"{name}({progress:g})", number, 0, infinite=infinite)
+    return float(number)

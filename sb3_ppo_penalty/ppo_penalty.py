@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_ppo_penalty.arguments import require, require_number
+from sb3_ppo_penalty.arguments import require, require_number, schedule_at
 from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
 from sb3_ppo_penalty.kl_penalty import KLPenalty
@@ -165,12 +165,7 @@ class PPOPenalty(ProximalAlgorithm):
         :raises ValueError: naming the schedule and the progress, for an answer that is not a number of at least 0
         """
         value: float | Schedule | None = getattr(self, name)
-        if not callable(value):
-            return value
-        number = value(progress)
-        # 0, which a number must not be, is where schedules end
-        require_number(f"{name}({progress:g})", number, 0)
-        return float(number)
+        return schedule_at(name, value, progress) if callable(value) else value
 
     @property
     def kl_target(self) -> float:

@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import losses, safe_load
-from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number
+from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number, schedule_at
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
@@ -227,8 +227,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         for name, infinite in {"learning_rate": False, "clip_range": True, "clip_range_vf": False}.items():
             schedule = getattr(self, name)
             for progress in (1.0, 0.0) if callable(schedule) else ():
-                # 0, which a range must not be, is where schedules end
-                require_number(f"{name}({progress:g})", schedule(progress), 0, infinite=infinite)
+                schedule_at(name, schedule, progress, infinite=infinite)
 
     def _check_rollout(self) -> None:
         """

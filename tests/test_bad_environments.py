@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from environments import Sound
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -24,24 +24,11 @@ SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
 FIRST_FAULT = 41
 
 
-class Sound(gym.Env):
-    """Three random numbers to see; the action to earn; over after ten steps. Goes wrong in subclasses."""
-
-    length = 10
-
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
-        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
-        self.steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+class Fragile(Sound):
+    """Sound, until it goes wrong in subclasses."""
 
     def step(self, action):
-        self.steps += 1
-        observation = self.np_random.uniform(-1, 1, 3).astype(np.float32)
-        result = observation, float(np.sum(action)), self.steps % self.length == 0, False, {}
+        result = super().step(action)
         return self.fault(*result) if self.steps >= FIRST_FAULT else result
 
     def fault(self, observation, reward, terminated, truncated, info):
@@ -50,10 +37,10 @@ class Sound(gym.Env):
 
 def faulty(method):
     """An environment whose steps end in the given way."""
-    return type(method.__name__, (Sound,), {"fault": method})
+    return type(method.__name__, (Fragile,), {"fault": method})
 
 
-class FailsToReset(Sound):
+class FailsToReset(Fragile):
     def reset(self, *, seed=None, options=None):
         if self.steps >= FIRST_FAULT:
             raise ConnectionError("the simulator is gone")
@@ -134,7 +121,7 @@ def terminates_and_truncates(self, observation, reward, terminated, truncated, i
     return observation, reward, True, True, info
 
 
-class OneStep(Sound):
+class OneStep(Fragile):
     length = 1
 
 
@@ -212,10 +199,11 @@ def test_odd_environments_are_learned_from_as_by_stock_ppo(fault: str) -> None:
 
 
 def test_one_step_episodes_have_no_future() -> None:
-    """The critic's target is the reward itself: here the action, before it is clipped to [-1, 1]."""
+    """The critic's target is the reward itself: here the sum of the action as it was taken, clipped to [-1, 1]."""
     model = PPOPenalty("MlpPolicy", OneStep(), **SMALL).learn(32)
     buffer = model.rollout_buffer
-    np.testing.assert_allclose(buffer.returns.flatten(), np.clip(buffer.actions, -1, 1).flatten(), rtol=1e-5, atol=1e-6)
+    rewards = np.clip(buffer.actions, -1, 1).sum(axis=-1)
+    np.testing.assert_allclose(buffer.returns.flatten(), rewards.flatten(), rtol=1e-5, atol=1e-6)
     assert len(model.ep_info_buffer) == 32
     assert {info["l"] for info in model.ep_info_buffer} == {1}
 
@@ -253,7 +241,7 @@ def test_sb3s_check_names_the_step(algorithm) -> None:
 # --- processes
 
 
-class DiesInItsProcess(Sound):
+class DiesInItsProcess(Fragile):
     def fault(self, observation, reward, terminated, truncated, info):
         os._exit(1)
 
@@ -280,8 +268,9 @@ import sys, time
 from pathlib import Path
 
 sys.path.insert(0, {tests!r})
+from environments import Sound
 from stable_baselines3.common.vec_env import SubprocVecEnv
-from test_bad_environments import SMALL, Sound
+from test_bad_environments import SMALL
 from sb3_ppo_penalty import {algorithm} as Algorithm
 
 
@@ -312,7 +301,7 @@ def test_an_environment_that_hangs_on_close_takes_nothing_along(algorithm, tmp_p
             assert process.poll() is None
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-    assert (tmp_path / "values").read_text() == "(1, 1)"
+    assert (tmp_path / "values").read_text() == "(1, 2)"
     model = algorithm.load(tmp_path / "model", env=Sound())
     assert model.num_timesteps == 64
     model.learn(32, reset_num_timesteps=False)

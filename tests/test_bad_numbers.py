@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from environments import BOX, Sound
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -14,7 +15,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0}
-BOX = spaces.Box(-1, 1, (2,), np.float32)
 BOTH = pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
 #: Every action distribution: the fixed Gaussian, SB3's learned one, gSDE, and the three that are not continuous
 KINDS = {
@@ -25,24 +25,6 @@ KINDS = {
     "MultiDiscrete": ("MlpPolicy", spaces.MultiDiscrete([2, 3]), {}),
     "MultiBinary": ("MlpPolicy", spaces.MultiBinary(2), {}),
 }
-
-
-class Sound(gym.Env):
-    """Three random numbers to see; the sum of the action to earn; over after ten steps."""
-
-    def __init__(self, action_space: spaces.Space = BOX) -> None:
-        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
-        self.action_space = action_space
-        self.steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        observation = self.np_random.uniform(-1, 1, 3).astype(np.float32)
-        return observation, float(np.sum(action)), self.steps % 10 == 0, False, {}
 
 
 class Faulty(gym.Wrapper):

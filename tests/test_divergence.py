@@ -30,6 +30,8 @@ from sb3_ppo_penalty.divergence import (
     kl_categorical,
     kl_diagonal_gaussian,
     kl_divergence,
+    kl_fixed_diagonal,
+    kl_fixed_full,
     kl_gaussian,
     parameters_of,
 )
@@ -207,6 +209,48 @@ def test_a_full_matrix_without_correlations_is_the_diagonal_form():
     th.testing.assert_close(full, kl_diagonal_gaussian(mean, std.expand(2, 2), new_mean, new_std.expand(2, 2)))
 
 
+# --- Gaussians whose covariance all states share, with its inverse at hand
+
+
+def test_shared_deviations_that_change():
+    mean, new_mean = double([0, 1], [1, 0], [0, 0]), double([3, 1], [1, 0], [0, 1])
+    std, new_std = double([1, 2])[0], double([2, 1])[0]
+    kl = kl_fixed_diagonal(mean, std, double([1, 0.5])[0], new_mean, new_std, double([0.5, 1])[0])
+    # wider ln 2 + 1/8 - 1/2, narrower -ln 2 + 4/2 - 1/2: together 1.125; shifts of 3 / 2, 0 and 1 add half their squares
+    assert kl.tolist() == pytest.approx([2.25, 1.125, 1.625])
+
+
+def test_shared_deviations_that_stay():
+    mean, new_mean = double([0, 0], [1, 0]), double([2, 2], [0, 0])
+    std, whitening = double([1, 2])[0], double([1, 0.5])[0]
+    # (2^2 + 1^2) / 2, whether the tensor is the very same or another of equal numbers
+    for new_std in (std, std.clone()):
+        assert kl_fixed_diagonal(mean, std, whitening, new_mean, new_std, whitening).tolist() == pytest.approx([2.5, 0.5])
+
+
+#: Inverse of FACTOR
+WHITENING = [[1 / math.sqrt(2), 0], [-1 / math.sqrt(6), math.sqrt(2 / 3)]]
+
+
+def test_a_shared_matrix_that_changes():
+    factor, whitening, eye = double(*FACTOR), double(*WHITENING), th.eye(2, dtype=th.float64)
+    mean, new_mean = double([0, 0], [1, 1]), double([1, 0], [1, 1])
+    # as in `test_full_covariance_against_the_identity`, and without its shift of 1/2 and 1/3
+    there = kl_fixed_full(mean, factor, whitening, new_mean, eye, eye.clone())
+    assert there.tolist() == pytest.approx([0.95069386, 0.45069386])
+    back = kl_fixed_full(mean, eye, eye.clone(), new_mean, factor, whitening)
+    assert back.tolist() == pytest.approx([0.54930614, 0.21597281])
+
+
+def test_a_shared_matrix_that_stays():
+    factor, whitening = double(*FACTOR), double(*WHITENING)
+    mean, new_mean = th.zeros(3, 2, dtype=th.float64), double([1, 0], [1, 1], [1, -1])
+    # as in `test_full_covariance_that_stays_leaves_the_shift`
+    for new_factor in (factor, factor.clone()):
+        kl = kl_fixed_full(mean, factor, whitening, new_mean, new_factor, whitening)
+        assert kl.tolist() == pytest.approx([1 / 3, 1 / 3, 1])
+
+
 # --- categorical
 
 
@@ -371,6 +415,29 @@ def test_a_frozen_policy_takes_no_gradient():
         policy = make_policy(name)
         old = concatenate([parameters_of(policy.get_distribution(states(5)))])
         assert not any(tensor.requires_grad for tensor in (*old.per_state, *old.shared))
+
+
+def test_what_all_states_share_is_copied_where_it_learns_and_else_kept():
+    mean, factor = th.zeros(3, 2, dtype=th.float64), double(*FACTOR)
+    fixed = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=factor)))])
+    assert fixed.shared[0] is factor  # the very same tensor: so is a covariance that stayed told from one that changed
+    learned = factor.clone().requires_grad_()
+    joined = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=learned)))] * 2)
+    with th.no_grad():
+        learned.add_(1)  # as an optimizer does
+    assert th.equal(joined.shared[0], factor)
+    assert not joined.shared[0].requires_grad
+    assert joined.per_state[0].shape == (6, 2)
+
+
+def test_a_matrix_of_each_state_is_joined_with_its_state():
+    generator = th.Generator().manual_seed(0)
+    mean, factor = th.randn(6, 4, generator=generator, dtype=th.float64), random_factor(6, seed=1)
+    new = MultivariateNormal(th.zeros(6, 4, dtype=th.float64), scale_tril=random_factor(seed=2))
+    chunks = [MultivariateNormal(mean[rows], scale_tril=factor[rows]) for rows in (slice(4), slice(4, 6))]
+    kl = kl_divergence(concatenate([parameters_of(holding(chunk)) for chunk in chunks]), parameters_of(holding(new)))
+    reference = torch_kl_divergence(MultivariateNormal(mean, scale_tril=factor), new)
+    th.testing.assert_close(kl, reference, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -544,9 +611,23 @@ def test_different_kinds():
 def test_different_numbers_of_categoricals():
     three = parameters_of(MultiCategoricalDistribution([2, 2, 2]).proba_distribution(th.zeros(4, 6)))
     one = parameters_of(CategoricalDistribution(2).proba_distribution(th.zeros(4, 2)))
-    for old, new in ((three, one), (one, three)):
-        with pytest.raises(ValueError, match="cannot compare"):
+    for old, new, counts in ((three, one, (3, 1)), (one, three, (1, 3))):
+        message = "cannot compare categorical of {} tensors with categorical of {}".format(*counts)
+        with pytest.raises(ValueError, match=f"^{message}$"):
             kl_divergence(old, new)
+
+
+def test_an_odd_number_of_logits_is_no_pair_of_policies():
+    with pytest.raises(ValueError, match="longer"):
+        kl_categorical(*double([0, 0], [0, 0], [0, 0]).split(1))
+
+
+def test_batches_of_different_kinds_are_not_joined():
+    logits = double([0, 0])
+    two, one = ActionParameters(kl_categorical, (logits, logits)), ActionParameters(kl_categorical, (logits,))
+    for parts in ([two, one], [one, two]):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            concatenate(parts)
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,9 @@ def test_relative_divergence(kl, target, expected):
     assert relative_kl(kl, target) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("controller", [Proportional(), DualAscent()])
-def test_a_target_that_a_schedule_took_to_zero(controller):
+@pytest.mark.parametrize("kind", [Proportional, DualAscent])
+def test_a_target_that_a_schedule_took_to_zero(kind):
+    controller = kind()
     assert controller(reading(0.0, 3.0, target_kl=0.0)) == 3.0
     assert controller(reading(0.1, 3.0, target_kl=0.0)) > 3.0
 
@@ -243,17 +244,44 @@ def test_a_controller_that_remembers_is_copied():
     assert (given.steps, mine.steps, yours.steps) == (0, 1, 0)
 
 
+def test_what_it_remembers_in_a_list_is_copied_too():
+    class Listing:
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def __call__(self, seen: KLReading) -> float:
+            self.seen.append(seen.kl)
+            return seen.kl_coef
+
+    given = Listing()
+    mine, yours = make_controller(given), make_controller(given)
+    mine(reading(0.02))
+    assert (given.seen, mine.seen, yours.seen) == ([], [0.02], [])
+
+
+@pytest.mark.parametrize("controller", [DocumentRule(), FixedCoefficient(), Proportional()])
+def test_a_controller_without_a_memory_is_a_value(controller):
+    """Its exponent was checked when it was made, so it cannot be set; two that are equal are one key of a dict."""
+    with pytest.raises(AttributeError):
+        controller.exponent = 7.0
+    assert {controller, type(controller)()} == {controller}
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
         pytest.param("documents", r'`kl_controller` must be one of "document", .*, got \'documents\'', id="unknown name"),
         pytest.param(None, "`kl_controller` must be one of", id="None"),
-        pytest.param(3, "`kl_controller` must be one of", id="a number"),
+        pytest.param(3, "`kl_controller` must be one of .*, got 3$", id="a number"),
         pytest.param(DualAscent, "`kl_controller` must be one of", id="a class, not one of its objects"),
         pytest.param({}, "`kl_controller` must be one of", id="no name"),
         pytest.param({"name": ["dual"]}, "`kl_controller` must be one of", id="a name that is none"),
         pytest.param({"exponent": 0.5}, "`kl_controller` must be one of", id="a parameter alone"),
-        pytest.param({"name": "dual", "exponent": 0.5}, r'"dual" with no parameters but \[.learning_rate.\]', id="another's"),
+        pytest.param(
+            {"name": "dual", "exponent": 0.5},
+            r"^`kl_controller` must be .dual. with no parameters but \['learning_rate'\], got {'name': 'dual', 'exponent': ",
+            id="another's",
+        ),
         pytest.param({"name": "dual", "steps": 3}, '"dual" with no parameters but', id="what it remembers"),
         pytest.param({"name": "fixed", "kl_coef": 3}, r'"fixed" with no parameters but \[\]', id="none to give"),
         pytest.param({"name": "proportional", "exponent": 0}, "`kl_controller.exponent` must be", id="exponent 0"),

@@ -90,6 +90,7 @@ def test_where_the_clip_takes_the_gradient(ratio, advantage, slope):
         pytest.param(0.0, 2.0, 0.0, 2.0, id="A > 0, so unlikely that the ratio is no float"),
         pytest.param(0.0, -2.0, 0.0, -2.0, id="A < 0, the same"),
         pytest.param(4.0, -2.0, 4.0, -2.0, id="on the edge the slope is not counted twice"),
+        pytest.param(4.0, 2.0, 4.0, 2.0, id="A > 0, on the edge: still the surrogate"),
         pytest.param(4 * math.e, 2.0, 4.0, 0.0, id="A > 0, beyond: nothing more to gain"),
         # 4 (1 + ln e) = 8; the slope in log pi is -2 * 4, in the ratio that divided by the ratio
         pytest.param(4 * math.e, -2.0, 8.0, -2 / math.e, id="A < 0, beyond: pushed back with the weight of 4"),
@@ -102,6 +103,11 @@ def test_truncated_ratio(ratio, advantage, value, slope):
     assert truncated.item() == pytest.approx(value)
     losses.surrogate(truncated, tensor(advantage)).backward()
     assert r.grad.item() == pytest.approx(slope)
+
+
+def test_an_advantage_of_zero_truncates_as_a_negative_one():
+    # 4 (1 + ln e) = 8, and not the 4 that a positive advantage leaves
+    assert losses.truncate_ratio(tensor(4 * math.e), tensor(0.0), 4.0).item() == pytest.approx(8.0)
 
 
 def test_no_state_weighs_more_than_the_truncated_ratio():
