@@ -330,7 +330,7 @@ class Team(Ranks):
         if not self.leads:
             model.set_logger(Logger(folder=None, output_formats=[]))
 
-    def begin(self, model: OnPolicyAlgorithm, facts: Callable[[], Mapping[str, Any]]) -> None:
+    def begin(self, model: Any, facts: Callable[[], Mapping[str, Any]]) -> None:
         """
         The ranks find out whether they fit together, and all take rank 0's weights and statistics.
 
@@ -345,6 +345,10 @@ class Team(Ranks):
         for name in own:
             values = [each.get(name) for each in gathered]
             require(len(set(values)) == 1, name, values, "the same on all ranks")
+        rollouts = self._gathered((model.n_steps * model.n_envs, model.batch_size))
+        count = max(math.ceil(length / batch_size) for length, batch_size in rollouts)
+        allowed = f"such that every rank has a transition for each of the {count} minibatches (transitions, batch_size)"
+        require(all(length >= count for length, _ in rollouts), "batch_size", rollouts, allowed)
         state = policy.state_dict(), policy.optimizer.state_dict(), {name: vars(each) for name, each in statistics.items()}
         state = self._from_rank_0(state, model.device)
         policy.load_state_dict(state[0])
@@ -388,13 +392,10 @@ class Team(Ranks):
         :param rollout: of this rank
         :param batch_size: of this rank's minibatches, unless it has to make more
         :param normalize: whether their advantages are to be normalised: with mean and deviation over all ranks' minibatch
-        :raises ValueError: if there are fewer transitions than minibatches
         """
         length = len(rollout)
         own = math.ceil(length / batch_size)
         count = -int(self._least([-own])[0])
-        too_few = f"at least as many in total as the {count} minibatches that another rank's rollout makes"
-        require(length >= count, "n_steps", length, too_few)
         full = [batch_size] * (own - 1)
         sizes = [*full, length - sum(full)] if own == count else [length // count + (k < length % count) for k in range(count)]
         order = rollout.drawn_order()

@@ -481,7 +481,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         arrays = {**seen, **{name: getattr(buffer, name) for name in names}}
         bad["rollout"] = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         found = ", ".join(f"{place} {list(dict.fromkeys(names)) or 'all finite'}" for place, names in bad.items())
-        late = "" if any(bad.values()) else " (it went wrong within the update: try a lower `learning_rate`)"
+        elsewhere = f", or on another rank than this, {self._ranks.rank}" if self._ranks.size > 1 else ""
+        late = "" if any(bad.values()) else f" (it went wrong within the update{elsewhere}: try a lower `learning_rate`)"
         largest = float(np.abs(buffer.returns).max())
         if float(np.finfo(np.float32).max) ** 0.5 < largest < np.inf:
             late = f" (returns reach {largest:.3g}, whose square is too large for float32: scale the rewards)"

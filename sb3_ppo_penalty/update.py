@@ -198,7 +198,8 @@ class JointError(RuntimeError):
         """
         :param own: what failed here, or None if it was on another rank
         """
-        return cls("another rank failed in this update: its own message says why" if own is None else str(own))
+        elsewhere = "another rank failed in this update: its own message says why"
+        return cls(elsewhere if own is None else f"{type(own).__name__}: {own}")
 
 
 def packed(
