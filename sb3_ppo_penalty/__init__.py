@@ -1,6 +1,5 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
-from sb3_ppo_penalty import distributed
 from sb3_ppo_penalty.checkpoints import ResumableCheckpointCallback, latest_checkpoint, resume
 from sb3_ppo_penalty.continuation import ResumableEnv
 from sb3_ppo_penalty.guard import Guard
@@ -34,7 +33,6 @@ __all__ = [
     "RewardToGoRolloutBuffer",
     "UnsafeFileError",
     "__version__",
-    "distributed",
     "latest_checkpoint",
     "resume",
 ]

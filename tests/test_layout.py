@@ -43,7 +43,6 @@ LAW = {
     "__init__": {
         "checkpoints",
         "continuation",
-        "distributed",
         "guard",
         "kl_control",
         "kl_penalty",
