@@ -52,6 +52,8 @@ Result = TypeVar("Result")
 
 #: Integers of as many bits as a number of so many bytes
 BITS = {1: th.int8, 2: th.int16, 4: th.int32, 8: th.int64}
+#: Between two ranks: each of a rank's environments takes one
+SEEDS_APART = 2**20
 #: torch's own for gloo, in seconds
 DEFAULT_TIMEOUT = 1800.0
 
@@ -91,11 +93,10 @@ class Ranks:
         """
         return next(complete_checkpoints(folder, self.name_prefix), None)
 
-    def seed(self, seed: int | None, n_envs: int) -> int | None:
+    def seed(self, seed: int | None) -> int | None:
         """
         :param seed: of the whole training
-        :param n_envs: number of this rank's environments, which take a seed each
-        :return: of this rank: its environments go on where those of the rank before end
+        :return: of this rank
         """
         return seed
 
@@ -197,7 +198,9 @@ def current() -> Ranks:
 
 def _asked_for() -> bool:
     """:return: whether a launcher has told this process that it is one of several."""
-    return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
@@ -221,14 +224,14 @@ def session(timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
     if not _asked_for():
         yield ALONE
         return
-    own = not dist.is_initialized()
+    own, before = not dist.is_initialized(), _current
     if own:
         _initialise(timeout)
     try:
         _current = Team(dist.get_rank(), dist.get_world_size())
         yield _current
     finally:
-        _current = ALONE
+        _current = before
         if own:
             # Also after an error: the others learn at once that nobody will answer
             dist.destroy_process_group()
@@ -313,13 +316,12 @@ class Team(Ranks):
         common = [moment for moment in found[0] if all(moment in each for each in found)]
         return paths[common[0]] if common else None
 
-    def seed(self, seed: int | None, n_envs: int) -> int | None:
+    def seed(self, seed: int | None) -> int | None:
         """
         :param seed: of the whole training
-        :param n_envs: number of this rank's environments, which take a seed each
-        :return: of this rank: its environments go on where those of the rank before end
+        :return: of this rank
         """
-        return None if seed is None else (seed + self.rank * n_envs) % 2**32
+        return None if seed is None else (seed + self.rank * SEEDS_APART) % 2**32
 
     def enter(self, model: OnPolicyAlgorithm) -> None:
         """

@@ -162,7 +162,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
         :param seed: of the whole training
         """
-        super().set_random_seed(self._ranks.seed(seed, self.n_envs))
+        super().set_random_seed(self._ranks.seed(seed))
 
     def _check_arguments(self) -> None:
         """:raises ValueError: naming the argument that is wrong."""
