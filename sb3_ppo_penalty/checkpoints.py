@@ -250,7 +250,18 @@ def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path
     :param name_prefix: likewise
     :return: the latest complete checkpoint, None if there is none; a file that is torn is skipped with a warning
     """
-    return next((path for _, path in _newest_first(Path(folder), name_prefix)), None)
+    return next(complete_checkpoints(folder, name_prefix), None)
+
+
+def complete_checkpoints(folder: str | Path, name_prefix: str = "rl_model") -> Iterator[Path]:
+    """
+    Go through the checkpoints to choose from, the latest first.
+
+    :param folder: where :class:`ResumableCheckpointCallback` writes
+    :param name_prefix: likewise
+    :return: those that are complete; a file that is torn is skipped with a warning
+    """
+    return (path for _, path in _newest_first(Path(folder), name_prefix))
 
 
 def resume(

@@ -1,5 +1,6 @@
 """
-The optimizer's step on one minibatch as one compiled graph: loss, gradient, clipping and Adam.
+The optimizer's step on one minibatch as one compiled graph: loss, gradient, clipping and Adam; of several ranks, whose
+gradients have to be added up in between, loss and gradient alone.
 
 A step is traced once for each kind of minibatch and compiled by ``torch.compile``. It changes the policy's weights and the
 optimizer's own tensors in place, so that the eager step can take over at any time and a saved file knows nothing of it.
@@ -20,7 +21,17 @@ from torch.utils import _pytree as pytree
 from sb3_ppo_penalty.losses import k3_estimate
 from sb3_ppo_penalty.policies import STAND_INS, FixedCovarianceMixin
 from sb3_ppo_penalty.rollout import Minibatch
-from sb3_ppo_penalty.update import EagerStepper, Evaluate, Settings, Step, Stepper, Terms, clipped_together
+from sb3_ppo_penalty.update import (
+    EagerStepper,
+    Evaluate,
+    Settings,
+    SharedStepper,
+    Step,
+    Stepper,
+    Terms,
+    clipped_together,
+    packed,
+)
 
 #: Takes and returns plain tensors
 Graph = Callable[..., list[th.Tensor]]
@@ -147,9 +158,8 @@ class Inputs(NamedTuple):
         :param policy: its optimizer is an Adam
         :param settings: of one update
         """
-        group, state = policy.optimizer.param_groups[0], policy.optimizer.state
-        tensors = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-        learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+        state = policy.optimizer.state
+        learning = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         for weight in learning.values():
             if not state[weight]:
                 means = {name: th.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
@@ -158,19 +168,68 @@ class Inputs(NamedTuple):
         for weight, step in zip(learning.values(), steps, strict=True):
             # A view, so that the graph counts for all weights at once
             state[weight]["step"] = step
+        return cls.of_loss(policy, settings)._replace(
+            exp_avg=[state[weight]["exp_avg"] for weight in learning.values()],
+            exp_avg_sq=[state[weight]["exp_avg_sq"] for weight in learning.values()],
+            steps=steps,
+        )
+
+    @classmethod
+    def of_loss(cls, policy: ActorCriticPolicy, settings: Settings) -> "Inputs":
+        """
+        Gather the same without what belongs to Adam.
+
+        :param policy: with any optimizer
+        :param settings: of one update
+        """
+        tensors = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
         def scalar(value: float) -> th.Tensor:
             return th.tensor(value, dtype=th.float32, device=policy.device)
 
         return cls(
             weights={name: weight.detach() for name, weight in learning.items()},
-            exp_avg=[state[weight]["exp_avg"] for weight in learning.values()],
-            exp_avg_sq=[state[weight]["exp_avg_sq"] for weight in learning.values()],
-            steps=steps,
+            exp_avg=[],
+            exp_avg_sq=[],
+            steps=th.zeros(0, device=policy.device),
             others={name: tensor for name, tensor in tensors.items() if name not in learning},
-            learning_rate=scalar(group["lr"]),
+            learning_rate=scalar(policy.optimizer.param_groups[0]["lr"]),
             settings=pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, settings),
         )
+
+
+def differentiated(inputs: Inputs, batch: Minibatch, loss: nn.Module) -> tuple[Terms, dict[str, th.Tensor | None]]:
+    """
+    :param inputs: nothing of them is changed
+    :param batch: some transitions
+    :param loss: with the policy inside
+    :return: the loss and its parts, and the gradient with respect to each weight that moves, None where there is none
+    """
+    weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
+    exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
+    # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
+    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings), tie_weights=False)
+    names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
+    gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
+    return terms, dict(zip(names, gradients, strict=True))
+
+
+def gradient_alone(inputs: Inputs, batch: Minibatch, loss: nn.Module) -> list[th.Tensor]:
+    """
+    The part of a step that comes before the ranks add up.
+
+    :param inputs: nothing of them is changed
+    :param batch: some transitions of this rank
+    :param loss: with the policy inside
+    :return: the terms, and what the ranks add up: :func:`~sb3_ppo_penalty.update.packed`
+    """
+    terms, gradients = differentiated(inputs, batch, loss)
+    with th.no_grad():
+        estimate = None if inputs.settings["stop_kl"] is None else k3_estimate(terms.log_ratio)
+        weights = [inputs.weights[name] for name in gradients]
+        vector = packed(weights, list(gradients.values()), len(batch.actions), estimate)
+    return [*(term.detach().clone() for term in terms), vector]
 
 
 def clipped(
@@ -204,14 +263,9 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
     :return: the terms, the length of each clipped part of the gradient, and whether the update ends before this step (it
         was not made then)
     """
-    weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
-    exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
-    # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
-    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings), tie_weights=False)
-    names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
-    gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
+    terms, gradients = differentiated(inputs, batch, loss)
     with th.no_grad():
-        norms, found = clipped(dict(zip(names, gradients, strict=True)), inputs.settings, terms.loss)
+        norms, found = clipped(gradients, inputs.settings, terms.loss)
         limit = inputs.settings["stop_kl"]
         stopped = None if limit is None else k3_estimate(terms.log_ratio) > limit
         columns = (inputs.weights.items(), inputs.exp_avg, inputs.exp_avg_sq, inputs.steps + 1)
@@ -222,7 +276,7 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
             new = adam_step(*old[:1], found[name], *old[1:], step, inputs.learning_rate, options)
             for before, after in zip(old, new, strict=True):
                 before.copy_(after if stopped is None else th.where(stopped, before, after))
-        moved = th.stack([th.full((), float(name in found), device=inputs.steps.device) for name in weights])
+        moved = th.stack([th.full((), float(name in found), device=inputs.steps.device) for name in inputs.weights])
         inputs.steps.add_(moved if stopped is None else moved * ~stopped)
     # Copies: a term may be a view of a tensor of the policy's
     record = [term.detach().clone() for term in terms]
@@ -239,16 +293,16 @@ def fixed_tensors(inputs: Inputs, batch: Minibatch) -> list[th.Tensor]:
     return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, th.Tensor)}.values())
 
 
-def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions) -> th.fx.GraphModule:
+def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions | None) -> th.fx.GraphModule:
     """
     Write down every operation of a step, with tensors that hold no data.
 
     :param inputs: of the step
     :param batch: some transitions
     :param loss: with the policy inside
-    :param options: Adam's constants
+    :param options: Adam's constants; None for the gradient alone
     :return: a module that takes :func:`fixed_tensors` and the columns of a minibatch, and returns what
-        :func:`whole_step` returns
+        :func:`whole_step` returns, or :func:`gradient_alone`
     """
     fixed = fixed_tensors(inputs, batch)
     places = {id(tensor): place for place, tensor in enumerate(fixed)}
@@ -258,7 +312,10 @@ def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOption
             return tensors[places[id(leaf)]] if isinstance(leaf, th.Tensor) else leaf
 
         traced, shared = pytree.tree_map(given, (inputs, batch.shared))
-        return whole_step(traced, batch.with_columns(tensors[len(fixed) :], shared), loss, options)
+        given_batch = batch.with_columns(tensors[len(fixed) :], shared)
+        if options is None:
+            return gradient_alone(traced, given_batch, loss)
+        return whole_step(traced, given_batch, loss, options)
 
     return make_fx(flat, tracing_mode="fake")(*fixed, *batch.columns)
 
@@ -298,14 +355,18 @@ class Compiler:
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
 
-    def stepper(self, settings: Settings, batch_size: int) -> Stepper:
+    def stepper(self, eager: EagerStepper | SharedStepper, batch_size: int) -> Stepper:
         """
-        :param settings: of one update, see :class:`EagerStepper`
+        :param eager: the step that does the same, of one update
         :param batch_size: the size to compile for; any other minibatch takes the eager step
         :return: the compiled step, or the eager one where torch cannot compile it
         """
-        eager = EagerStepper(self.policy, self.loss.evaluate, settings)
-        return CompiledStepper(self, eager, batch_size) if self.willing() else eager
+        if not self.willing():
+            return eager
+        if isinstance(eager, EagerStepper):
+            return CompiledStepper(self, eager, batch_size)
+        eager.differentiate = CompiledGradient(self, eager, batch_size)
+        return eager
 
     def willing(self) -> bool:
         """:return: whether there is anything to compile; warns once if not."""
@@ -323,15 +384,15 @@ class Compiler:
         self.refusal = reason
         warnings.warn(f"`compile=True` has no effect, training goes on without it: {reason}", RuntimeWarning, stacklevel=2)
 
-    def graph(self, inputs: Inputs, batch: Minibatch) -> tuple[Graph, list[th.Tensor]] | None:
+    def graph(self, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> tuple[Graph, list[th.Tensor]] | None:
         """
         Make a step with the graph for inputs of this kind.
 
         :param inputs: of the step
         :param batch: some transitions
+        :param options: Adam's constants; None for the gradient alone
         :return: the graph and what it returned, or None, with the inputs as they were, where torch cannot make one
         """
-        options = AdamOptions.of(self.policy.optimizer)
         leaves, structure = pytree.tree_flatten((inputs, batch))
         kinds = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
         tensors = [*fixed_tensors(inputs, batch), *batch.columns]
@@ -350,11 +411,11 @@ class Compiler:
         self.graphs[key] = graph
         return graph, record
 
-    def _compile(self, inputs: Inputs, batch: Minibatch, options: AdamOptions) -> Graph:
+    def _compile(self, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> Graph:
         """
         :param inputs: of the step
         :param batch: some transitions
-        :param options: Adam's constants
+        :param options: Adam's constants; None for the gradient alone
         :return: the graph
         """
         with _traceable(self.policy):
@@ -489,7 +550,7 @@ class CompiledStepper:
         if len(batch.actions) != self.batch_size or self.compiler.refusal is not None:
             return self.eager(batch)
         if self.graph is None:
-            made = self.compiler.graph(self.inputs, batch)
+            made = self.compiler.graph(self.inputs, batch, AdamOptions.of(self.compiler.policy.optimizer))
             if made is None:
                 return self.eager(batch)
             self.graph, record = made
@@ -501,3 +562,39 @@ class CompiledStepper:
         norms = 2 if isinstance(self.eager.settings["max_grad_norm"], tuple) else 1
         stopped = len(record) > count + norms and bool(record[-1])
         return Step(Terms(*record[:count]), () if stopped else tuple(record[count : count + norms]), stopped)
+
+
+class CompiledGradient:
+    """
+    Loss and gradient as one graph, for a step that several ranks make together.
+
+    :param compiler: keeps the graphs
+    :param eager: for minibatches of another size, and where torch makes no graph
+    :param batch_size: the size to compile for
+    """
+
+    def __init__(self, compiler: Compiler, eager: SharedStepper, batch_size: int) -> None:
+        self.compiler = compiler
+        self.eager = eager
+        self.batch_size = batch_size
+        self.inputs = Inputs.of_loss(compiler.policy, eager.settings)
+        self.graph: Graph | None = None
+        self.fixed: list[th.Tensor] = []
+
+    def __call__(self, batch: Minibatch) -> tuple[Terms, th.Tensor]:
+        """
+        :param batch: some transitions of this rank
+        :return: their terms, and what the ranks add up
+        """
+        if len(batch.actions) != self.batch_size or self.compiler.refusal is not None:
+            return self.eager.eager_gradient(batch)
+        if self.graph is None:
+            made = self.compiler.graph(self.inputs, batch, None)
+            if made is None:
+                return self.eager.eager_gradient(batch)
+            self.graph, record = made
+            self.fixed = fixed_tensors(self.inputs, batch)
+        else:
+            with th.no_grad():
+                record = self.graph(*self.fixed, *batch.columns)
+        return Terms(*record[:-1]), record[-1]

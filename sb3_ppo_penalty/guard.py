@@ -11,13 +11,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_integer, require_number
+from sb3_ppo_penalty.distributed import Ranks
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
 from sb3_ppo_penalty.rollout import Rollout
-from sb3_ppo_penalty.update import Descent, Roles, Settings, Stepper
+from sb3_ppo_penalty.update import Roles, Settings, Stepper
 
 #: What may be done
 ACTIONS = ("stop", "rollback", "fixup")
-#: What may be measured of the states' KL(old || new): the fields of :class:`~sb3_ppo_penalty.proximal.Drift`
+#: What may be measured of the states' KL(old || new): the fields of :class:`~sb3_ppo_penalty.losses.Drift`
 MEASURES = {"mean": "kl", "p99": "kl_p99", "max": "kl_max_state"}
 
 
@@ -122,6 +123,7 @@ class Watch:
     :param settings: of the update, with ``target_kl``
     :param batch_size: of the minibatches
     :param drift: how far the policy moved in the states of a rollout, or of what stands for one
+    :param ranks: who train the policy, and do all of this alike
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Watch:
         settings: Settings,
         batch_size: int,
         drift: Callable[[Rollout], Any],
+        ranks: Ranks,
     ) -> None:
         self.guard = guard
         self.policy = policy
@@ -141,6 +144,7 @@ class Watch:
         self.settings = settings
         self.batch_size = batch_size
         self.drift = drift
+        self.ranks = ranks
         self.bound = guard.max_kl_factor * settings["target_kl"]
         self.report = Report()
 
@@ -179,13 +183,13 @@ class Watch:
 
         :return: whether that brought the policy inside
         """
-        descend = Descent(self.policy, {**self.settings, "learning": self.roles.actor})
+        descend = self.ranks.descent(self.policy, {**self.settings, "learning": self.roles.actor})
         for passes in range(1, self.guard.max_passes + 1):
             self.report.passes = passes
-            for batch in self.rollout.minibatches(self.batch_size):
+            for batch in self.ranks.minibatches(self.rollout, self.batch_size, normalize=False):
                 if not self._measured(Rollout(*batch)) <= self.bound:
                     new = parameters_of(self.policy.get_distribution(batch.observations))
-                    descend(kl_divergence(batch.old, new).mean())
+                    descend(kl_divergence(batch.old, new).mean(), len(batch.actions))
             if self._measured(self.rollout) <= self.bound:
                 return True
         return False

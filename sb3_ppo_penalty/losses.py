@@ -6,6 +6,9 @@ Symbols: ``r`` is the importance ratio pi(a|s) / pi_old(a|s), ``A`` the advantag
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347.
 """
 
+import math
+from typing import NamedTuple
+
 import torch as th
 from torch.nn import functional
 
@@ -201,3 +204,53 @@ def effective_sample_size(log_ratio: th.Tensor) -> th.Tensor:
     :return: scalar between 1/n and 1
     """
     return 1.0 / (len(log_ratio) * th.softmax(log_ratio, dim=0).square().sum())
+
+
+class Drift(NamedTuple):
+    """
+    How far an update moved the policy, measured over the whole rollout after the last epoch.
+
+    :param kl: mean over states of the exact KL(old || new), in nats
+    :param kl_estimate: the same, estimated from the actions taken (k3), in nats
+    :param effective_sample_size: of the importance weights, as a fraction
+    :param max_ratio: the largest importance weight
+    :param kl_max_state: the largest KL(old || new) of a state, in nats
+    :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
+    """
+
+    kl: float
+    kl_estimate: float
+    effective_sample_size: float
+    max_ratio: float
+    kl_max_state: float
+    kl_p99: float
+
+
+def rank_of_p99(count: int) -> int:
+    """
+    Which of the states' divergences is their 99th percentile: one of theirs, so that it never exceeds the largest.
+
+    :param count: number of states
+    :return: its place among them in rising order, from 1
+    """
+    return math.ceil(0.99 * count)
+
+
+def drift(kl: th.Tensor, log_ratio: th.Tensor) -> Drift:
+    """
+    Every measure of how far the policy moved, with one look at the device.
+
+    :param kl: exact KL(old || new) of each state, in nats, shape (n_transitions,)
+    :param log_ratio: log r, shape (n_transitions,)
+    :return: the measures
+    """
+    measures = (
+        kl.mean(),
+        k3_estimate(log_ratio),
+        effective_sample_size(log_ratio),
+        log_ratio.max().exp(),
+        kl.max(),
+        # torch's quantile is limited to 2^24 values
+        kl.kthvalue(rank_of_p99(len(kl))).values,
+    )
+    return Drift(*th.stack(measures).tolist())

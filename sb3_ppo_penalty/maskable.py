@@ -129,7 +129,10 @@ class MaskablePPOPenalty(PPOPenalty):
         :return: False if the callback ended training
         """
         # It uses nothing that the two classes do not share
-        return MaskablePPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
+        collect: Any = MaskablePPO.collect_rollouts
+        return self._ranks.collect(
+            self, callback, lambda watched: bool(collect(self, env, watched, rollout_buffer, n_rollout_steps))
+        )
 
     def _collected(self) -> Rollout:
         buffer: Any = self.rollout_buffer

@@ -14,8 +14,8 @@ from sb3_ppo_penalty.arguments import require, require_number, schedule_at
 from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
 from sb3_ppo_penalty.kl_penalty import KLPenalty
-from sb3_ppo_penalty.losses import clipped_surrogate, surrogate
-from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm, passed_on
+from sb3_ppo_penalty.losses import Drift, clipped_surrogate, surrogate
+from sb3_ppo_penalty.proximal import ProximalAlgorithm, passed_on
 from sb3_ppo_penalty.rollout import Minibatch, Rollout
 from sb3_ppo_penalty.update import Settings, Stepper
 
@@ -139,6 +139,9 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_controller = make_controller(self.kl_controller)
         self.kl_penalty = KLPenalty.of(self.kl_penalty)
         self.guard = Guard.of(self.guard)
+        apart = self._ranks.size == 1 or self.kl_penalty.per_state or not self.kl_penalty.cutoff_coef
+        allowed = "one with `per_state=True` on several ranks: a cutoff on the mean over all of their minibatch is not there"
+        require(apart, "kl_penalty", self.kl_penalty, allowed)
         # Plain Python: JSON in the saved file, which turns tuples into lists
         self.kl_coef_bounds = (float(bounds[0]), float(bounds[1]))
         self.kl_coef = float(self.kl_coef)
@@ -198,7 +201,8 @@ class PPOPenalty(ProximalAlgorithm):
         if self.guard is None:
             return super()._steppers(rollout, settings)
         batch_size = min(self.batch_size, len(rollout))
-        watch = Watch(self.guard, self.policy, self._roles(), rollout, settings, batch_size, self._measure_drift)
+        roles, drift = self._roles(), self._measure_drift
+        watch = Watch(self.guard, self.policy, roles, rollout, settings, batch_size, drift, self._ranks)
         self._guard_report = watch.report
         return watch.steppers(self.n_epochs, lambda wanted: self._stepper(wanted, batch_size))
 

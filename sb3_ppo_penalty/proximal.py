@@ -3,14 +3,13 @@
 import inspect
 import io
 import itertools
-import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -23,34 +22,15 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_penalty import losses, safe_load
+from sb3_ppo_penalty import distributed, losses, safe_load
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number, schedule_at
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
+from sb3_ppo_penalty.losses import Drift
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
-from sb3_ppo_penalty.update import EagerStepper, Roles, Settings, Step, Stepper, Terms, minibatch_mean, reached
+from sb3_ppo_penalty.update import Roles, Settings, Step, Stepper, Terms, minibatch_mean, reached
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
-
-
-class Drift(NamedTuple):
-    """
-    How far an update moved the policy, measured over the whole rollout after the last epoch.
-
-    :param kl: mean over states of the exact KL(old || new), in nats
-    :param kl_estimate: the same, estimated from the actions taken (k3), in nats
-    :param effective_sample_size: of the importance weights, as a fraction
-    :param max_ratio: the largest importance weight
-    :param kl_max_state: the largest KL(old || new) of a state, in nats
-    :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
-    """
-
-    kl: float
-    kl_estimate: float
-    effective_sample_size: float
-    max_ratio: float
-    kl_max_state: float
-    kl_p99: float
 
 
 def passed_on(constructor: Callable[..., None], scope: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +83,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     max_grad_norm: Any
     #: Keeps compiled graphs from update to update; no file holds it
     _compiler: Any = None
+    #: The processes that train this model; no file holds them
+    _ranks: distributed.Ranks = distributed.ALONE
     #: Those whose minibatches are known to be rows of their arrays
     _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -144,7 +126,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         inherited = passed_on(OnPolicyAlgorithm.__init__, locals())
         try:
-            super().__init__(**{**inherited, "_init_setup_model": False})
+            # What it says, rank 0 says for all
+            own = {"verbose": verbose if distributed.current().leads else 0, "_init_setup_model": False}
+            super().__init__(**{**inherited, **own})
         except AssertionError as error:
             raise ArgumentError(str(error)) from error
         self.batch_size = batch_size
@@ -159,6 +143,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         """Check the arguments, also those that ``load`` was given, and build buffer, policy and schedules."""
+        self._ranks = distributed.current()
         self._check_arguments()
         super()._setup_model()
         if self.clip_range is not None:
@@ -168,8 +153,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._compiler = None
 
     def _excluded_save_params(self) -> list[str]:
-        """:return: what no file holds: SB3's list, and the compiled graphs."""
-        return [*super()._excluded_save_params(), "_compiler"]
+        """:return: what no file holds: SB3's list, the compiled graphs, and who trained."""
+        return [*super()._excluded_save_params(), "_compiler", "_ranks"]
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the random generators and the environments, as SB3 does; those of several ranks differently.
+
+        :param seed: of the whole training
+        """
+        super().set_random_seed(self._ranks.seed(seed))
 
     def _check_arguments(self) -> None:
         """:raises ValueError: naming the argument that is wrong."""
@@ -278,8 +271,9 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             env = IgnoreTimeLimits(env)
         if isinstance(self.policy, FixedCovarianceMixin):
             self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
+        collect = super().collect_rollouts
         with self._get_compiler().acting() if self.compile else nullcontext():
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            return self._ranks.collect(self, callback, lambda own: collect(env, own, rollout_buffer, n_rollout_steps))
 
     def train(self) -> None:
         """Update the policy from the rollout that was just collected."""
@@ -290,12 +284,14 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         epochs: list[list[Step]] = []
         with self._undone_if_not_finite(rollout, settings, epochs):
             for step in self._steppers(rollout, settings):
-                epochs.append(list(one_epoch(rollout.minibatches(self.batch_size), step)))
+                batches = self._ranks.minibatches(rollout, self.batch_size, self.normalize_advantage)
+                epochs.append(list(one_epoch(batches, step)))
                 self._n_updates += 1
                 if epochs[-1][-1].stopped:
                     break
             drift = self._measure_drift(rollout)
         self._after_update(drift)
+        self._ranks.check_alike(self)
         self._log_update(epochs, settings, drift)
 
     def _settings(self) -> Settings:
@@ -305,7 +301,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         return {
             "clip_range": self._scheduled(self.clip_range),
             "clip_range_vf": self._scheduled(self.clip_range_vf),
-            "normalize_advantage": self.normalize_advantage,
+            # Over the minibatch of all ranks, before the loss sees a part of it, if there are several
+            "normalize_advantage": self.normalize_advantage and self._ranks.size == 1,
             # None: not worked out
             "ent_coef": self.ent_coef or None,
             "vf_coef": self.vf_coef,
@@ -352,9 +349,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param batch_size: of all minibatches but an epoch's last
         :return: makes the optimizer's steps
         """
+        eager = self._ranks.stepper(self.policy, self._evaluate, settings)
         if not self.compile:
-            return EagerStepper(self.policy, self._evaluate, settings)
-        stepper: Stepper = self._get_compiler().stepper(settings, batch_size)
+            return eager
+        stepper: Stepper = self._get_compiler().stepper(eager, batch_size)
         return stepper
 
     def _get_compiler(self) -> Any:
@@ -410,7 +408,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             failure = error
         figures = [figure for epoch in epochs for step in epoch for figure in (step.terms.loss, *step.grad_norms)]
         weights = th.nn.utils.get_total_norm(self.policy.parameters())
-        finite = bool(th.isfinite(th.stack([*figures, weights])).all())
+        finite = self._ranks.agree(bool(th.isfinite(th.stack([*figures, weights])).all()), failure)
         if finite and failure is None:
             return
         self.policy.load_state_dict(before[0])
@@ -482,7 +480,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         arrays = {**seen, **{name: getattr(buffer, name) for name in names}}
         bad["rollout"] = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         found = ", ".join(f"{place} {list(dict.fromkeys(names)) or 'all finite'}" for place, names in bad.items())
-        late = "" if any(bad.values()) else " (it went wrong within the update: try a lower `learning_rate`)"
+        elsewhere = f", or on another rank than this, {self._ranks.rank}" if self._ranks.size > 1 else ""
+        late = "" if any(bad.values()) else f" (it went wrong within the update{elsewhere}: try a lower `learning_rate`)"
         largest = float(np.abs(buffer.returns).max())
         if float(np.finfo(np.float32).max) ** 0.5 < largest < np.inf:
             late = f" (returns reach {largest:.3g}, whose square is too large for float32: scale the rewards)"
@@ -496,23 +495,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param rollout: frozen before the update
         :return: how far the policy moved
         """
-        kl, log_ratio = [], []
-        with self._acting():
-            for chunk in rollout.chunks():
-                distribution = self.policy.get_distribution(chunk.observations)
-                kl.append(kl_divergence(chunk.old, parameters_of(distribution)))
-                log_ratio.append(distribution.log_prob(chunk.actions) - chunk.old_log_prob)
-            log_ratios, kls = th.cat(log_ratio), th.cat(kl)
-            measures = (
-                kls.mean(),
-                losses.k3_estimate(log_ratios),
-                losses.effective_sample_size(log_ratios),
-                log_ratios.max().exp(),
-                kls.max(),
-                # One of the states', so that it never exceeds the largest; torch's quantile is limited to 2^24 values
-                kls.kthvalue(math.ceil(0.99 * len(kls))).values,
-            )
-            return Drift(*th.stack(measures).tolist())
+
+        def moved() -> tuple[th.Tensor, th.Tensor]:
+            kl, log_ratio = [], []
+            with self._acting():
+                for chunk in rollout.chunks():
+                    distribution = self.policy.get_distribution(chunk.observations)
+                    kl.append(kl_divergence(chunk.old, parameters_of(distribution)))
+                    log_ratio.append(distribution.log_prob(chunk.actions) - chunk.old_log_prob)
+            return th.cat(kl), th.cat(log_ratio)
+
+        return self._ranks.drift(self.policy, moved)
 
     def _after_update(self, drift: Drift) -> None:
         """
@@ -539,12 +532,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "approx_kl": minibatch_mean(losses.k3_estimate, log_ratios[-len(epochs[-1]) :]),
             "clip_fraction": minibatch_mean(lambda values: losses.clip_fraction(values.exp(), clip_range), log_ratios),
             "loss": terms[-1].loss.item(),
-            "explained_variance": explained_variance(
-                self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+            "explained_variance": float(
+                explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
             ),
-            "clip_range": float("inf") if clip_range is None else clip_range,
-            **drift._asdict(),
         }
+        figures = self._ranks.mean(figures, self.rollout_buffer.values.size)
+        figures |= {"clip_range": float("inf") if clip_range is None else clip_range, **drift._asdict()}
         figures |= self._gradient_norms([step for epoch in epochs for step in epoch])
         if hasattr(self.policy, "log_std"):
             figures["std"] = self.policy.log_std.exp().mean().item()
@@ -562,6 +555,41 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         names = ("grad_norm_actor", "grad_norm_critic") if isinstance(self.max_grad_norm, tuple) else ("grad_norm",)
         made = [step.grad_norms for step in steps if step.grad_norms]
         return {name: minibatch_mean(th.mean, norms) for name, norms in zip(names, zip(*made, strict=True), strict=False)}
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self._ranks != distributed.current():
+            raise RuntimeError(
+                "a model is trained where it was made or loaded: inside the same `distributed.session`, or none"
+            )
+        self._ranks.enter(self)
+        progress_bar = progress_bar and self._ranks.leads
+        started = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._ranks.begin(self, lambda: self._alike(started[0]))
+        return started
+
+    def _alike(self, total_timesteps: int) -> dict[str, Any]:
+        """
+        :param total_timesteps: at the end of training
+        :return: what has to be the same on all ranks, by name
+        """
+        names = ("num_timesteps", "n_epochs", "normalize_advantage", "gamma", "gae_lambda", "compile")
+        own = {name: getattr(self, name) for name in names}
+        rate = self.lr_schedule(self._current_progress_remaining)
+        made = {"algorithm": type(self).__name__, "learning_rate": rate, "total_timesteps": total_timesteps}
+        return {
+            **made,
+            **own,
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            **self._settings(),
+        }
 
     def learn(
         self: SelfProximal,

@@ -126,13 +126,24 @@ class Rollout:
 
         :param batch_size: the last minibatch is smaller if this does not divide the rollout
         """
-        order = th.from_numpy(np.random.permutation(len(self))).to(self.actions.device)  # noqa: NPY002 (SB3's stream)
-        whole = self.whole
         # torch takes no length beyond 64 bits
-        batch_size = min(batch_size, len(self))
-        indices = th.split(order, batch_size)
+        yield from self.cut(self.drawn_order(), min(batch_size, len(self)))
+
+    def drawn_order(self) -> th.Tensor:
+        """:return: the transitions' numbers in an order drawn from numpy's global generator, shape (n_transitions,)."""
+        return th.from_numpy(np.random.permutation(len(self))).to(self.actions.device)  # noqa: NPY002 (SB3's stream)
+
+    def cut(self, order: th.Tensor, sizes: int | list[int]) -> Iterator[Minibatch]:
+        """
+        Go once over the rollout.
+
+        :param order: the transitions' numbers, shape (n_transitions,)
+        :param sizes: of the minibatches, or the one size of all but the last
+        """
+        whole = self.whole
+        indices = th.split(order, sizes)
         pieces = [
-            map(column.__getitem__, indices) if column.nbytes > SHUFFLED_BYTES else th.split(column[order], batch_size)
+            map(column.__getitem__, indices) if column.nbytes > SHUFFLED_BYTES else th.split(column[order], sizes)
             for column in whole.columns
         ]
         for columns in zip(*pieces, strict=True):

@@ -139,11 +139,23 @@ class Descent:
         :param loss: scalar, with its graph
         :return: length of each clipped part of the gradient before it was clipped
         """
+        self.differentiate(loss)
+        return self.step()
+
+    def differentiate(self, loss: th.Tensor) -> None:
+        """
+        :param loss: scalar, with its graph; its gradient is left with the weights
+        """
         # Without a gradient, not with one of 0: the optimizer leaves such a weight and its moments alone
         for weight in self.all:
             weight.grad = None
         loss.backward(inputs=self.learning)  # type: ignore[no-untyped-call]
-        norms = tuple(nn.utils.clip_grad_norm_(group, limit).to(loss.device) for group, limit in self.groups)
+
+    def step(self) -> tuple[th.Tensor, ...]:
+        """:return: length of each clipped part of the weights' gradient before it was clipped."""
+        # torch's norm of nothing is on the CPU
+        device = self.all[0].device
+        norms = tuple(nn.utils.clip_grad_norm_(group, limit).to(device) for group, limit in self.groups)
         self.optimizer.step()
         return norms
 
@@ -176,3 +188,148 @@ class EagerStepper:
         if limit is not None and k3_estimate(record.log_ratio).item() > limit:
             return Step(record, (), stopped=True)
         return Step(record, self.descend(terms.loss), stopped=False)
+
+
+class JointError(RuntimeError):
+    """Raised on all ranks of a distributed training at the same place, because one of them failed there."""
+
+    @classmethod
+    def of(cls, own: Exception | None) -> "JointError":
+        """
+        :param own: what failed here, or None if it was on another rank
+        """
+        elsewhere = "another rank failed in this update: its own message says why"
+        return cls(elsewhere if own is None else f"{type(own).__name__}: {own}")
+
+
+def packed(
+    weights: Sequence[th.Tensor], gradients: Sequence[th.Tensor | None], count: int, estimate: th.Tensor | None
+) -> th.Tensor:
+    """
+    What ranks add up for one step, as one vector: its length depends on nothing but the weights.
+
+    :param weights: that move
+    :param gradients: of the mean loss of some transitions, with respect to each; None where it does not depend on it
+    :param count: number of these transitions
+    :param estimate: of KL(old || new) there, in nats; None where nobody asks
+    :return: ``count`` times the gradients; 1 or 0 for each weight that has one or none; ``count``; ``count`` times the
+        estimate; 0, where a rank that failed has 1
+    """
+    pairs = list(zip(weights, gradients, strict=True))
+    parts = [(th.zeros_like(weight) if found is None else found * count).reshape(-1) for weight, found in pairs]
+
+    def scalar(value: float) -> th.Tensor:
+        return th.full((), value, dtype=weights[0].dtype, device=weights[0].device)
+
+    estimated = scalar(0.0) if estimate is None else estimate * count
+    tail = [*(scalar(float(found is not None)) for found in gradients), scalar(float(count)), estimated, scalar(0.0)]
+    return th.cat([*parts, th.stack(tail)])
+
+
+class SharedDescent:
+    """
+    Downhill by the gradient of all ranks' transitions together, each of which counts the same whichever rank has it.
+
+    :param policy: whose weights move, by the same step on every rank
+    :param settings: see :class:`EagerStepper`
+    :param add_up: replaces a vector by the sum of all ranks' vectors
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, settings: Settings, add_up: Callable[[th.Tensor], None]) -> None:
+        self.descent = Descent(policy, settings)
+        learning = self.descent.all if self.descent.learning is None else self.descent.learning
+        self.weights = [weight for weight in learning if weight.requires_grad]
+        self.sizes = [weight.numel() for weight in self.weights]
+        self.limit = settings["stop_kl"]
+        self.add_up = add_up
+
+    def __call__(self, loss: th.Tensor, count: int) -> tuple[th.Tensor, ...]:
+        """
+        :param loss: mean over some transitions, scalar, with its graph
+        :param count: number of these transitions
+        :return: length of each clipped part of the gradient before it was clipped
+        """
+        return self.step(self.gradient(loss, count, None))[0]
+
+    def gradient(self, loss: th.Tensor, count: int, log_ratio: th.Tensor | None) -> th.Tensor:
+        """
+        :param loss: mean over some transitions, scalar, with its graph
+        :param count: number of these transitions
+        :param log_ratio: of their actions, shape (count,); None where nothing may stop the update
+        :return: see :func:`packed`
+        """
+        self.descent.differentiate(loss)
+        estimate = None if log_ratio is None or self.limit is None else k3_estimate(log_ratio)
+        return packed(self.weights, [weight.grad for weight in self.weights], count, estimate)
+
+    def step(self, vector: th.Tensor | Exception) -> tuple[tuple[th.Tensor, ...], bool]:
+        """
+        :param vector: of this rank, see :func:`packed`, or why there is none
+        :return: length of each clipped part of the gradient before it was clipped; whether the update ends here, on all
+            ranks, and no step was made
+        :raises JointError: on all ranks, if one of them has no vector
+        """
+        failure = vector if isinstance(vector, Exception) else None
+        total = self._failed() if isinstance(vector, Exception) else vector
+        self.add_up(total)
+        *present, count, estimate, failed = total[sum(self.sizes) :].tolist()
+        if failed:
+            raise JointError.of(failure) from failure
+        if self.limit is not None and estimate / count > self.limit:
+            return (), True
+        gradients = (total[: sum(self.sizes)] / count).split(self.sizes)
+        for weight, gradient, there in zip(self.weights, gradients, present, strict=True):
+            weight.grad = gradient.view_as(weight) if there else None
+        return self.descent.step(), False
+
+    def _failed(self) -> th.Tensor:
+        """:return: the vector of a rank that has no gradient to add."""
+        length = sum(self.sizes) + len(self.sizes) + 3
+        vector = th.zeros(length, dtype=self.weights[0].dtype, device=self.weights[0].device)
+        vector[-1] = 1
+        return vector
+
+
+class SharedStepper:
+    """
+    The step of one rank among several: its own gradient, the sum of all, the same step everywhere.
+
+    :param policy: whose weights move
+    :param evaluate: the loss
+    :param settings: see :class:`EagerStepper`
+    :param add_up: replaces a vector by the sum of all ranks' vectors
+    """
+
+    def __init__(
+        self, policy: ActorCriticPolicy, evaluate: Evaluate, settings: Settings, add_up: Callable[[th.Tensor], None]
+    ) -> None:
+        self.policy = policy
+        self.evaluate = evaluate
+        self.settings = settings
+        self.descent = SharedDescent(policy, settings, add_up)
+        #: Exchanged where the gradient is compiled
+        self.differentiate: Callable[[Minibatch], tuple[Terms, th.Tensor]] = self.eager_gradient
+
+    def eager_gradient(self, batch: Minibatch) -> tuple[Terms, th.Tensor]:
+        """
+        :param batch: some transitions of this rank
+        :return: their terms, detached, and what the ranks add up
+        """
+        terms = self.evaluate(batch, self.settings)
+        record = Terms(*(term.detach() for term in terms))
+        return record, self.descent.gradient(terms.loss, len(batch.actions), record.log_ratio)
+
+    def __call__(self, batch: Minibatch) -> Step:
+        """
+        :param batch: some transitions of this rank
+        :return: what came of them and of the other ranks'
+        :raises JointError: on all ranks, if one of them cannot evaluate its transitions
+        """
+        vector: th.Tensor | Exception
+        try:
+            record, vector = self.differentiate(batch)
+        except Exception as error:
+            # Told to the others in the very sum that they are waiting for
+            vector = error
+        norms, stopped = self.descent.step(vector)
+        return Step(record, norms, stopped)

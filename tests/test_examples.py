@@ -409,3 +409,50 @@ def test_peak_memory_is_that_of_the_process() -> None:
     script = script_module("benchmark_speed")
     # A process with torch in it, in MB
     assert 100 < script.peak_memory("stock PPO", images=False) < 20_000
+
+
+def test_scaling_model_recovers_what_made_the_figures() -> None:
+    script = script_module("benchmark_scaling")
+    known = script.Model(200e-6, 20e-6, 0.1, 1e-3, 300e-6, 50e-6, 2e-9)
+    sizes = {"minibatches": 320.0, "gradient_bytes": 40_000.0}
+    one, two = [], []
+    for n_envs in (1, 4, 16, 64):
+        row = {"n_envs": n_envs, "n_steps": 2048 / n_envs, **sizes}
+        collect = row["n_steps"] * (200e-6 + 20e-6 * n_envs)
+        one.append({**row, "collect_s": collect, "collect_std_s": 0.1 * collect, "update_s": 320 * 1e-3})
+        # Two messages of 20,000 bytes: 2 * (50e-6 + 40e-6) on top
+        two.append({**row, "update_s": 320 * (1e-3 + 300e-6 + 180e-6)})
+    sums = [{"bytes": size, "seconds": 2 * 50e-6 + size * 2e-9} for size in (1e3, 1e5, 1e7)]
+    assert vars(script.fitted(one, two, sums)) == pytest.approx(vars(known), rel=1e-6)
+    # By hand: 14 messages of 5,000 bytes in a ring of 8; 6 latencies up and down a tree, and every byte twice
+    assert known.all_reduce_s(8, 40_000, "ring") == pytest.approx(14 * (50e-6 + 5_000 * 2e-9))
+    assert known.all_reduce_s(8, 40_000, "tree") == pytest.approx(6 * 50e-6 + 2 * 40_000 * 2e-9)
+    assert known.all_reduce_s(1, 40_000, "ring") == 0
+    alone, eight = 32 * 1480e-6 + 0.32, 32 * 1480e-6 * (1 + 0.1 * math.sqrt(2 * math.log(8))) + 320 * (1.3e-3 + 840e-6)
+    assert known.efficiency(one[-1], 8, "ring") == pytest.approx(alone / eight)
+    assert known.efficiency(one[-1], 1, "tree") == 1
+
+
+def test_scaling_fits_no_negative_times() -> None:
+    line = script_module("benchmark_scaling").line
+    assert line([1, 2, 4], [3, 5, 9]) == pytest.approx((1, 2))
+    assert line([1, 2, 4], [1, 3, 7]) == (0, pytest.approx(1.2638, abs=1e-4))
+    assert line([1, 2, 4], [7, 3, 1]) == (pytest.approx(1.3046, abs=1e-4), 0)
+
+
+def test_scaling_is_measured_and_planned(tmp_path: Path) -> None:
+    options = "--n-envs 1 2 --rollout 64 --repetitions 1 --all-reduce-repetitions 2 --out out"
+    text = run("benchmark_scaling.py", *options.split(), folder=tmp_path)
+    assert (tmp_path / "out" / "scaling.md").read_text() in text
+    rows = rows_of(tmp_path / "out" / "trainings.csv")
+    assert [(float(row["ranks"]), float(row["n_envs"]), float(row["n_steps"])) for row in rows] == [
+        *((1, 1, 64), (1, 2, 32), (2, 1, 64), (2, 2, 32))
+    ]
+    for row in rows:
+        seconds = float(row["collect_s"]) + float(row["update_s"])
+        assert float(row["steps_per_second"]) == pytest.approx(float(row["ranks"]) * 64 / seconds, rel=1e-3)
+    assert [float(row["bytes"]) for row in rows_of(tmp_path / "out" / "all_reduce.csv")][:2] == [1024, 4096]
+    planned = [row for row in text.splitlines() if row.startswith("| 25 Gbit/s")]
+    assert len(planned) == 2
+    assert all(0 < float(cell) <= 1 for row in planned for cell in row.split("|")[3:-1])
+    assert "which is a plan and not a measurement" in text

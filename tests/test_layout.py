@@ -26,13 +26,15 @@ LAW = {
     "continuation": {"torch", "numpy", "gymnasium", SB3, "cloudpickle"},
     "checkpoints": {"torch", SB3, "arguments", "continuation"},
     "update": {"torch", SB3, "losses", "rollout"},
+    # Data-parallel training; a single process goes through the same calls, which do nothing there
+    "distributed": {"torch", SB3, "arguments", "checkpoints", "losses", "rollout", "update"},
     "compiled": {"torch", SB3, "losses", "policies", "rollout", "update"},
     "safe_archive": {"torch", SB3},
     "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "guard", "kl_control", "kl_penalty", "policies"}
     | {"rollout", "safe_archive"},
-    "guard": {"torch", SB3, "arguments", "divergence", "rollout", "update"},
+    "guard": {"torch", SB3, "arguments", "distributed", "divergence", "rollout", "update"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
-    | {"update", "compiled", "safe_load"},
+    | {"update", "compiled", "distributed", "safe_load"},
     "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
     | {"guard"},
