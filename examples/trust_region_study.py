@@ -50,8 +50,16 @@ ENVIRONMENTS = {
 }
 #: From this many steps on a run gains from compilation more than it costs
 COMPILED_FROM = 100_000
-#: What all penalties start from
-PENALTY = {"target_kl": 0.03, "kl_coef": 1.0, "kl_coef_factor": 1.5}
+#: What all penalties start from, whatever this package's entry for the environment says
+PENALTY: dict[str, Any] = {
+    "target_kl": 0.03,
+    "kl_coef": 1.0,
+    "kl_coef_factor": 1.5,
+    "kl_coef_bounds": (0.001, 1000.0),
+    "kl_controller": "document",
+    "kl_penalty": "old_new",
+    "guard": None,
+}
 #: name -> what it is tried with beside PENALTY
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},
