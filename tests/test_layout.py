@@ -26,7 +26,8 @@ LAW = {
     "continuation": {"torch", "numpy", "gymnasium", SB3, "cloudpickle"},
     "checkpoints": {"torch", SB3, "arguments", "continuation"},
     "update": {"torch", SB3, "losses", "rollout"},
-    "compiled": {"torch", SB3, "losses", "policies", "rollout", "update"},
+    "apart": {"torch", SB3, "cloudpickle"},
+    "compiled": {"torch", SB3, "apart", "losses", "policies", "rollout", "update"},
     "safe_archive": {"torch", SB3},
     "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "guard", "kl_control", "kl_penalty", "policies"}
     | {"rollout", "safe_archive"},
