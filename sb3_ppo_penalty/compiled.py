@@ -2,22 +2,22 @@
 The optimizer's step on one minibatch as one compiled graph: loss, gradient, clipping and Adam; of several ranks, whose
 gradients have to be added up in between, loss and gradient alone.
 
-A step is traced once for each kind of minibatch and compiled by ``torch.compile``. It changes the policy's weights and the
-optimizer's own tensors in place, so that the eager step can take over at any time and a saved file knows nothing of it.
+A step is traced once for each kind of minibatch and compiled by what is behind ``torch.compile``, on the CPU in a process of
+its own (``apart``). It changes the policy's weights and the optimizer's own tensors in place, so that the eager step can take
+over at any time and a saved file knows nothing of it.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import _inductor as inductor
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from sb3_ppo_penalty.apart import Draw, Graph, Workshop, each_tensor
 from sb3_ppo_penalty.losses import k3_estimate
 from sb3_ppo_penalty.policies import STAND_INS, FixedCovarianceMixin
 from sb3_ppo_penalty.rollout import Minibatch
@@ -32,9 +32,6 @@ from sb3_ppo_penalty.update import (
     clipped_together,
     packed,
 )
-
-#: Takes and returns plain tensors
-Graph = Callable[..., list[th.Tensor]]
 
 
 class AdamOptions(NamedTuple):
@@ -115,7 +112,7 @@ class _Loss(nn.Module):
     :param evaluate: uses that policy
     """
 
-    def __init__(self, policy: nn.Module, evaluate: Evaluate) -> None:
+    def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate) -> None:
         super().__init__()
         self.policy = policy
         self.evaluate = evaluate
@@ -283,6 +280,17 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
     return [*record, *norms] if stopped is None else [*record, *norms, stopped]
 
 
+def one_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOptions | None) -> list[th.Tensor]:
+    """
+    :param inputs: of the step
+    :param batch: some transitions
+    :param loss: with the policy inside
+    :param options: Adam's constants; None for the gradient alone
+    :return: what :func:`whole_step` returns, or :func:`gradient_alone`
+    """
+    return gradient_alone(inputs, batch, loss) if options is None else whole_step(inputs, batch, loss, options)
+
+
 def fixed_tensors(inputs: Inputs, batch: Minibatch) -> list[th.Tensor]:
     """
     :param inputs: of a graph
@@ -301,9 +309,12 @@ def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOption
     :param batch: some transitions
     :param loss: with the policy inside
     :param options: Adam's constants; None for the gradient alone
-    :return: a module that takes :func:`fixed_tensors` and the columns of a minibatch, and returns what
-        :func:`whole_step` returns, or :func:`gradient_alone`
+    :return: a module that takes :func:`fixed_tensors` and the columns of a minibatch, and returns what :func:`one_step`
+        returns
     """
+    # As wherever torch's compiler is needed: importing it takes memory that it never gives back
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     fixed = fixed_tensors(inputs, batch)
     places = {id(tensor): place for place, tensor in enumerate(fixed)}
 
@@ -312,10 +323,7 @@ def trace(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamOption
             return tensors[places[id(leaf)]] if isinstance(leaf, th.Tensor) else leaf
 
         traced, shared = pytree.tree_map(given, (inputs, batch.shared))
-        given_batch = batch.with_columns(tensors[len(fixed) :], shared)
-        if options is None:
-            return gradient_alone(traced, given_batch, loss)
-        return whole_step(traced, given_batch, loss, options)
+        return one_step(traced, batch.with_columns(tensors[len(fixed) :], shared), loss, options)
 
     return make_fx(flat, tracing_mode="fake")(*fixed, *batch.columns)
 
@@ -339,6 +347,78 @@ def _traceable(policy: ActorCriticPolicy) -> Iterator[None]:
         distribution.update(before)
 
 
+def draw_step(
+    loss: _Loss, inputs: Inputs, batch: Minibatch, options: AdamOptions | None
+) -> tuple[th.fx.GraphModule, list[th.Tensor]]:
+    """
+    :param loss: with the policy inside
+    :param inputs: of the step
+    :param batch: some transitions
+    :param options: Adam's constants
+    :return: see :func:`trace`, and what it takes
+    """
+    with _traceable(loss.policy):
+        return trace(inputs, batch, loss, options), [*fixed_tensors(inputs, batch), *batch.columns]
+
+
+def draw_networks(networks: "_Networks", obs: Any) -> tuple[th.fx.GraphModule, list[th.Tensor]]:
+    """
+    :param networks: of a policy
+    :param obs: some observations
+    :return: a module that takes the networks' tensors and the observations' own, and these
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    keys = list(obs) if isinstance(obs, dict) else None
+    observations = list(obs.values()) if isinstance(obs, dict) else [obs]
+    own = networks.tensors()
+
+    def flat(*given: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        seen = given[len(own) :]
+        state = dict(zip(own, given, strict=False))
+        given_obs = seen[0] if keys is None else dict(zip(keys, seen, strict=True))
+        found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(networks, state, (given_obs,), tie_weights=False)
+        return found
+
+    examples = [*own.values(), *observations]
+    with _traceable(networks.policy), th.no_grad():
+        return make_fx(flat, tracing_mode="fake")(*examples), examples
+
+
+def alike(ours: list[th.Tensor], theirs: list[th.Tensor]) -> bool:
+    """
+    :param ours: tensors
+    :param theirs: as many
+    :return: whether they are the same up to rounding
+    """
+    pairs = zip(ours, theirs, strict=True)
+    return all(th.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-4, equal_nan=True) for a, b in pairs)
+
+
+def is_right_step(graph: Graph, loss: _Loss, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> bool:
+    """
+    Make a step on copies, and compare: its terms, and its gradient, where an error of a wrong graph is not lost in rounding.
+
+    :param graph: of the step
+    :param loss: with the policy inside
+    :param inputs: of the step; nothing of them is changed
+    :param batch: some transitions
+    :param options: Adam's constants; None for the gradient alone
+    :return: whether the graph does what :func:`one_step` does
+    """
+    (ours, our_batch), (theirs, their_batch) = (each_tensor((inputs, batch), th.clone) for _ in range(2))
+    expected = one_step(ours, our_batch, loss, options)
+    found = graph(*fixed_tensors(theirs, their_batch), *their_batch.columns)
+    # Adam's mean, not the new weights: those it moves as much where the gradient is rounding as elsewhere
+    gradients, their_gradients = ours.exp_avg, theirs.exp_avg
+    if options is None:
+        (*expected, gradient), (*found, their_gradient) = expected, found
+        gradients, their_gradients = [gradient], [their_gradient]
+    scale = max(gradient.abs().max() for gradient in gradients)
+    scaled = ([gradient / scale for gradient in side] for side in (their_gradients, gradients))
+    return alike(found, expected) and alike(*scaled)
+
+
 class Compiler:
     """
     Makes compiled steps, and keeps their graphs from update to update.
@@ -352,6 +432,7 @@ class Compiler:
         self.loss = _Loss(policy, evaluate)
         self.graphs: dict[Any, Graph] = {}
         self.actors: dict[Any, Graph | None] = {}
+        self.workshop = Workshop()
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
 
@@ -382,6 +463,7 @@ class Compiler:
         :param reason: in one line
         """
         self.refusal = reason
+        self.workshop.close()
         warnings.warn(f"`compile=True` has no effect, training goes on without it: {reason}", RuntimeWarning, stacklevel=2)
 
     def graph(self, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> tuple[Graph, list[th.Tensor]] | None:
@@ -418,9 +500,32 @@ class Compiler:
         :param options: Adam's constants; None for the gradient alone
         :return: the graph
         """
-        with _traceable(self.policy):
-            traced = trace(inputs, batch, self.loss, options)
-        return compiled(traced, [*fixed_tensors(inputs, batch), *batch.columns])
+
+        def is_right(graph: Graph) -> bool:
+            return is_right_step(graph, self.loss, inputs, batch, options)
+
+        graph = self._made(is_right, draw_step, self.loss, inputs, batch, options)
+        # Other graphs are seldom asked for later
+        self.workshop.close()
+        return graph
+
+    def _made(self, is_right: Callable[[Graph], bool], draw: Draw, module: nn.Module, *arguments: Any) -> Graph:
+        """
+        Compile in another process, or in this one where that does not work.
+
+        :param is_right: whether a graph does what it should: the other process knows the code only as it is on disk
+        :param draw: traces the module
+        :param module: with the policy inside
+        :param arguments: of ``draw``, after the module
+        :return: the graph
+        """
+        if self.policy.device.type == "cpu":
+            # Whatever it was: what cannot be compiled here either says so below
+            with suppress(Exception), _traceable(self.policy), th.random.fork_rng(devices=[]):
+                graph = self.workshop(draw, module, *arguments)
+                if is_right(graph):
+                    return graph
+        return compiled(*draw(module, *arguments))
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -433,14 +538,13 @@ class Compiler:
             yield
             return
         networks = _Networks(policy)
-        tensors = {**dict(networks.named_parameters()), **dict(networks.named_buffers())}
-        fixed = [tensor.detach() for tensor in tensors.values()]
+        fixed = list(networks.tensors().values())
 
         def mean_and_value(obs: Any) -> tuple[th.Tensor, th.Tensor]:
             observations = list(obs.values()) if isinstance(obs, dict) else [obs]
             key = tuple((tensor.shape, tensor.dtype) for tensor in observations)
             if key not in self.actors:
-                self.actors[key] = self._compile_networks(networks, list(tensors), obs)
+                self.actors[key] = self._compile_networks(networks, obs)
             graph = self.actors[key]
             if graph is None:
                 return policy.mean_and_value(obs)
@@ -453,28 +557,18 @@ class Compiler:
         finally:
             del STAND_INS[policy]
 
-    def _compile_networks(self, networks: nn.Module, names: list[str], obs: Any) -> Graph | None:
+    def _compile_networks(self, networks: "_Networks", obs: Any) -> Graph | None:
         """
         :param networks: of the policy
-        :param names: of their tensors, in the order in which the graph takes them
         :param obs: some observations
-        :return: a graph that takes these tensors and the observations' own, or None where torch cannot make one
+        :return: see :func:`draw_networks`; None where torch cannot make one
         """
-        keys = list(obs) if isinstance(obs, dict) else None
         observations = list(obs.values()) if isinstance(obs, dict) else [obs]
-        own = {**dict(networks.named_parameters()), **dict(networks.named_buffers())}
-        tensors = [own[name].detach() for name in names]
-
-        def flat(*given: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            seen = given[len(names) :]
-            state = dict(zip(names, given, strict=False))
-            given_obs = seen[0] if keys is None else dict(zip(keys, seen, strict=True))
-            found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(networks, state, (given_obs,), tie_weights=False)
-            return found
-
+        fixed = list(networks.tensors().values())
         try:
-            with _traceable(self.policy), th.no_grad():
-                return compiled(make_fx(flat, tracing_mode="fake")(*tensors, *observations), [*tensors, *observations])
+            return self._made(
+                lambda graph: alike(graph(*fixed, *observations), [*networks(obs)]), draw_networks, networks, obs
+            )
         # As for the step
         except Exception as error:
             self.refuse(in_one_line(error))
@@ -487,6 +581,8 @@ def compiled(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> Graph:
     :param examples: such tensors, on their device
     :return: the same, compiled
     """
+    from torch import _inductor as inductor
+
     graph: Graph
     if examples[0].device.type == "cuda":
         # Launched as one CUDA graph
@@ -516,6 +612,11 @@ class _Networks(nn.Module):
     def __init__(self, policy: FixedCovarianceMixin) -> None:
         super().__init__()
         self.policy = policy
+
+    def tensors(self) -> dict[str, th.Tensor]:
+        """:return: all that the networks may read, by name."""
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor.detach() for name, tensor in named.items()}
 
     def forward(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
         """

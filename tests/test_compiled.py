@@ -1,6 +1,10 @@
 """The compiled step: the same weights as the eager one, SB3's own files, and a plain word where it cannot be had."""
 
 import copy
+import pickle
+import subprocess
+import sys
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -13,11 +17,37 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty import compiled as room
+from sb3_ppo_penalty.apart import ApartError, Workshop, answer
 from sb3_ppo_penalty.compiled import AdamOptions, adam_step
 from sb3_ppo_penalty.policies import STAND_INS
 
 SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [16]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workshop():
+    """One process compiles for all these tests: it takes seconds to start."""
+    shared = Workshop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "Workshop", lambda: shared)
+        patch.setattr(shared, "close", lambda: None)
+        yield shared
+    shared.close()
+
+
+@pytest.fixture
+def compiled_here(monkeypatch) -> list[str]:
+    """What is compiled in the training process after all."""
+    seen, original = [], room.compiled
+
+    def watched(traced, examples):
+        seen.append("here")
+        return original(traced, examples)
+
+    monkeypatch.setattr(room, "compiled", watched)
+    return seen
 
 
 def made(algorithm, compile: bool = False, env="Pendulum-v1", policy="MlpPolicy", **options):
@@ -62,7 +92,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_step(case: str) -> None:
+def test_equals_the_eager_step(case: str, compiled_here) -> None:
     algorithm, options = CASES[case]
     start = made(algorithm, **options)
     # Each is trained as soon as it is made: its seed is that of the whole process
@@ -73,6 +103,7 @@ def test_equals_the_eager_step(case: str) -> None:
     # One graph, whatever the schedules did and although an epoch's last minibatch may be smaller
     assert eager._compiler is None
     assert len(compiled._compiler.graphs) == 1
+    assert compiled_here == []
     assert compiled._n_updates == eager._n_updates
     assert (eager._n_updates < 3 * 6) == (case == "clip, early stop") or eager._n_updates == 9
     for name, value in eager.logger.name_to_value.items():
@@ -220,3 +251,56 @@ def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> Non
         copied.value_net.bias.add_(7.0)
         expected = compiled.policy.forward(observation)[1] + 7
         th.testing.assert_close(copied.forward(observation)[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_training_process_does_without_the_compiler() -> None:
+    """Which would take 90 MB of it; the process that compiled is gone after the first update."""
+    options = {**SMALL, "policy_kwargs": TINY}
+    code = (
+        "import sys; from sb3_ppo_penalty import PPOPenalty; "
+        f"model = PPOPenalty('MlpPolicy', 'Pendulum-v1', compile=True, **{options!r}).learn(48); "
+        "print(len(model._compiler.graphs), len(model._compiler.actors), model._compiler.workshop.process, "
+        # torch.optim brings the front of the compiler into every process, stock PPO's too
+        "*[name for name in ('torch._inductor.compile_fx', 'torch._inductor.graph') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("1 1 None\n", "")
+
+
+class Reluctant(FlattenExtractor):
+    """Cannot be pickled, and so not be sent."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("why", ["not to be pickled", "patched"])
+def test_what_another_process_cannot_know_is_compiled_here(why: str, compiled_here, monkeypatch) -> None:
+    options = {"env": "CartPole-v1", "n_epochs": 1}
+    if why == "patched":
+        # The other process imports the file, which knows nothing of it
+        original = PPOPenalty._policy_objective
+        monkeypatch.setattr(PPOPenalty, "_policy_objective", lambda *args: tuple(2 * x for x in original(*args)))
+    else:
+        options["policy_kwargs"] = {**TINY, "features_extractor_class": Reluctant}
+    eager, compiled = (trained(made(PPOPenalty, compile, **options), 1) for compile in (False, True))
+    assert compiled_here == ["here"]
+    assert distance(eager, compiled) < 1e-4
+
+
+def test_a_process_that_cannot_be_started_or_understood_is_no_harm(monkeypatch) -> None:
+    for nonsense in (b"nonsense", pickle.dumps(None)):
+        worked, why = answer(nonsense)
+        assert not worked
+        assert "Error: " in why
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ApartError, match="FileNotFoundError"):
+        Workshop()(len, th.nn.Identity())
+    monkeypatch.undo()
+    short_lived = Workshop()
+    monkeypatch.setattr("sb3_ppo_penalty.apart.SERVE", "{path!r}")
+    with pytest.raises(ApartError, match=r"EOFError|BrokenPipeError"):
+        short_lived(len, th.nn.Identity())
+    short_lived.close()
+    assert short_lived.process is None
