@@ -19,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip, PPOPenalty, losses
+from sb3_ppo_penalty import DOCUMENT_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty, losses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -409,6 +409,25 @@ def test_peak_memory_is_that_of_the_process() -> None:
     script = script_module("benchmark_speed")
     # A process with torch in it, in MB
     assert 100 < script.peak_memory("stock PPO", images=False) < 20_000
+
+
+def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
+    words = ["--envs", "CartPole-v1", "--variants", "fixed", "robust", "--share", "0.05", "--seeds", "1", "--n-jobs", "1"]
+    run("trust_region_study.py", *words, folder=tmp_path)
+    folder = tmp_path / "runs" / "trust_region"
+    rows = {row["algo"]: row for row in rows_of(folder / "summary.csv")}
+    assert list(rows) == ["ppo", "ppo_penalty+fixed", "ppo_penalty+robust"]
+    assert [row["steps"] for row in rows.values()] == ["1500"] * 3
+    assert rows["ppo_penalty+fixed"]["kl_coef"] == "1"
+    for algo in ("ppo_penalty+fixed", "ppo_penalty+robust"):
+        (own,) = (folder / "CartPole-v1" / "runs").glob(f"{algo}-seed0-*")
+        updates = [row for row in rows_of(own / "progress.csv") if row["train/kl"] and int(row["time/total_timesteps"]) > 1200]
+        for name in ("kl", "max_ratio"):
+            mean = np.mean([float(row[f"train/{name}"]) for row in updates])
+            assert float(rows[algo][name]) == pytest.approx(mean, rel=1e-4)
+    robust = PPOPenalty.load(own / "CartPole-v1.zip")
+    assert (robust.guard, robust.kl_penalty.max_ratio) == (Guard("rollback"), ROBUST["kl_penalty"]["max_ratio"])
+    assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0, 50 evaluation episodes." in (folder / "summary.md").read_text()
 
 
 def test_scaling_model_recovers_what_made_the_figures() -> None:
