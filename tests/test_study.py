@@ -252,7 +252,7 @@ def test_variants_are_one_algorithm_with_several_settings(tmp_path: Path) -> Non
     task_words = ["--n-timesteps", "256", "--n-eval-episodes", "2", "--seeds", "1"]
     runs = {run.algo: run for run in plan("--algos", *algos, "--hyperparams", *words, *task_words).runs}
     plain = runs["ppo_penalty"].hyperparams
-    assert "kl_controller" not in plain
+    assert plain["kl_controller"] == "proportional"
     assert runs["ppo_penalty+dual"].hyperparams == {**plain, "kl_controller": "dual"}
     assert runs["ppo_penalty+0.1-wide"].hyperparams == {**plain, "policy_kwargs": "dict(covariance=3.0)"}
     perform(runs["ppo_penalty+0.1-wide"], tmp_path / "run")
