@@ -8,8 +8,9 @@ small by the number of dimensions, and is infinite for categoricals whose probab
 A distribution is frozen with :func:`parameters_of`; two frozen ones are compared with :func:`kl_divergence`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
+from itertools import chain
 from typing import NamedTuple
 
 import torch as th
@@ -188,19 +189,45 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
     raise ValueError(f"no closed-form KL divergence is known for the policy's action distribution {distribution!r}")
 
 
-def concatenate(parts: Sequence[ActionParameters]) -> ActionParameters:
+def filled(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Tensor, ...]:
+    """
+    Join what is worked out batch by batch, each batch put in its place at once: small results that were kept from between
+    the large tensors of the passes would hold memory together that the allocator could give back.
+
+    :param parts: of each batch the same kinds of tensors, of shape (batch, ...)
+    :param rows: of all batches together
+    :return: one tensor of each kind, of shape (rows, ...), that no gradient reaches
+    :raises ValueError: if the batches have another number of rows, or differ in what they hold
+    """
+    columns: tuple[th.Tensor, ...] = ()
+    start = 0
+    for part in parts:
+        end = start + len(part[0])
+        columns = columns or tuple(values.new_empty((rows, *values.shape[1:])) for values in part)
+        if end > rows:
+            break
+        for column, values in zip(columns, part, strict=True):
+            column[start:end] = values.detach()
+        start = end
+    if start != rows:
+        raise ValueError(f"the batches should have {rows} rows together")
+    return columns
+
+
+def concatenate(parts: Iterable[ActionParameters], rows: int) -> ActionParameters:
     """
     Join the parameters of several batches of states of one policy, as a copy that no gradient reaches.
 
     :param parts: at least one batch
+    :param rows: number of states in all batches
     :return: detached parameters of all states in order; shared ones that do not learn are kept as they are
+    :raises ValueError: if the batches have another number of states, or are of different kinds
     """
-    columns = zip(*(part.per_state for part in parts), strict=True)
-    return ActionParameters(
-        parts[0].divergence,
-        tuple(th.cat(column).detach() for column in columns),
-        tuple(tensor.detach().clone() if tensor.requires_grad else tensor for tensor in parts[0].shared),
-    )
+    batches = iter(parts)
+    first = next(batches)
+    per_state = filled((part.per_state for part in chain([first], batches)), rows)
+    shared = tuple(tensor.detach().clone() if tensor.requires_grad else tensor for tensor in first.shared)
+    return first._replace(per_state=per_state, shared=shared)
 
 
 def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:

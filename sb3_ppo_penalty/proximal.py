@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import distributed, losses, safe_load
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number, schedule_at
-from sb3_ppo_penalty.divergence import ActionParameters, concatenate, kl_divergence, parameters_of
+from sb3_ppo_penalty.divergence import ActionParameters, concatenate, filled, kl_divergence, parameters_of
 from sb3_ppo_penalty.losses import Drift
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
@@ -370,8 +370,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         rollout = self._collected()
         with self._acting():
-            old = [parameters_of(self.policy.get_distribution(chunk.observations)) for chunk in rollout.chunks()]
-        return replace(rollout, old=concatenate(old))
+            parts = (parameters_of(self.policy.get_distribution(chunk.observations)) for chunk in rollout.chunks())
+            return replace(rollout, old=concatenate(parts, len(rollout)))
 
     def _collected(self) -> Rollout:
         """
@@ -496,14 +496,15 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :return: how far the policy moved
         """
 
+        def of(chunk: Minibatch) -> tuple[th.Tensor, th.Tensor]:
+            distribution = self.policy.get_distribution(chunk.observations)
+            kl = kl_divergence(chunk.old, parameters_of(distribution))
+            return kl, distribution.log_prob(chunk.actions) - chunk.old_log_prob
+
         def moved() -> tuple[th.Tensor, th.Tensor]:
-            kl, log_ratio = [], []
             with self._acting():
-                for chunk in rollout.chunks():
-                    distribution = self.policy.get_distribution(chunk.observations)
-                    kl.append(kl_divergence(chunk.old, parameters_of(distribution)))
-                    log_ratio.append(distribution.log_prob(chunk.actions) - chunk.old_log_prob)
-            return th.cat(kl), th.cat(log_ratio)
+                kl, log_ratio = filled(map(of, rollout.chunks()), len(rollout))
+            return kl, log_ratio
 
         return self._ranks.drift(self.policy, moved)
 

@@ -26,6 +26,7 @@ from sb3_ppo_penalty.divergence import (
     ActionParameters,
     concatenate,
     directed_divergence,
+    filled,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -83,7 +84,7 @@ def states(count: int) -> th.Tensor:
 
 def frozen(policy: ActorCriticPolicy, observations: th.Tensor) -> ActionParameters:
     with th.no_grad():
-        return concatenate([parameters_of(policy.get_distribution(observations))])
+        return concatenate([parameters_of(policy.get_distribution(observations))], len(observations))
 
 
 def holding(inner: object) -> DiagGaussianDistribution:
@@ -413,16 +414,16 @@ def test_every_parameter_of_the_actor_is_pulled_and_none_of_the_critic(name):
 def test_a_frozen_policy_takes_no_gradient():
     for name in ("learned", "fixed, full", "Discrete"):
         policy = make_policy(name)
-        old = concatenate([parameters_of(policy.get_distribution(states(5)))])
+        old = concatenate([parameters_of(policy.get_distribution(states(5)))], 5)
         assert not any(tensor.requires_grad for tensor in (*old.per_state, *old.shared))
 
 
 def test_what_all_states_share_is_copied_where_it_learns_and_else_kept():
     mean, factor = th.zeros(3, 2, dtype=th.float64), double(*FACTOR)
-    fixed = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=factor)))])
+    fixed = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=factor)))], 3)
     assert fixed.shared[0] is factor  # the very same tensor: so is a covariance that stayed told from one that changed
     learned = factor.clone().requires_grad_()
-    joined = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=learned)))] * 2)
+    joined = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=learned)))] * 2, 6)
     with th.no_grad():
         learned.add_(1)  # as an optimizer does
     assert th.equal(joined.shared[0], factor)
@@ -435,7 +436,8 @@ def test_a_matrix_of_each_state_is_joined_with_its_state():
     mean, factor = th.randn(6, 4, generator=generator, dtype=th.float64), random_factor(6, seed=1)
     new = MultivariateNormal(th.zeros(6, 4, dtype=th.float64), scale_tril=random_factor(seed=2))
     chunks = [MultivariateNormal(mean[rows], scale_tril=factor[rows]) for rows in (slice(4), slice(4, 6))]
-    kl = kl_divergence(concatenate([parameters_of(holding(chunk)) for chunk in chunks]), parameters_of(holding(new)))
+    joined = concatenate((parameters_of(holding(chunk)) for chunk in chunks), 6)
+    kl = kl_divergence(joined, parameters_of(holding(new)))
     reference = torch_kl_divergence(MultivariateNormal(mean, scale_tril=factor), new)
     th.testing.assert_close(kl, reference, rtol=1e-10, atol=1e-12)
 
@@ -468,7 +470,7 @@ def test_rows_and_chunks(name):
     )
     with th.no_grad():
         chunks = [parameters_of(policy.get_distribution(chunk)) for chunk in observations.split(4)]
-    th.testing.assert_close(kl_divergence(old, concatenate(chunks)), whole)
+    th.testing.assert_close(kl_divergence(old, concatenate(chunks, 6)), whole)
 
 
 # --- the other direction, and both
@@ -622,12 +624,21 @@ def test_an_odd_number_of_logits_is_no_pair_of_policies():
         kl_categorical(*double([0, 0], [0, 0], [0, 0]).split(1))
 
 
+@pytest.mark.parametrize("rows", [4, 6])
+def test_batches_that_do_not_add_up_are_not_joined(rows):
+    """Fewer would leave states undefined, more would be lost."""
+    batches = [(th.zeros(3), th.ones(3, 2)), (th.zeros(2), th.ones(2, 2))]
+    with pytest.raises(ValueError, match=f"^the batches should have {rows} rows together$"):
+        filled(batches, rows)
+    assert [tuple(column.shape) for column in filled(batches, 5)] == [(5,), (5, 2)]
+
+
 def test_batches_of_different_kinds_are_not_joined():
     logits = double([0, 0])
     two, one = ActionParameters(kl_categorical, (logits, logits)), ActionParameters(kl_categorical, (logits,))
     for parts in ([two, one], [one, two]):
         with pytest.raises(ValueError, match=r"shorter|longer"):
-            concatenate(parts)
+            concatenate(parts, 2)
 
 
 @pytest.mark.parametrize(

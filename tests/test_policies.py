@@ -357,7 +357,7 @@ def test_the_divergence_between_two_moments_of_a_schedule_is_exact(name):
     schedule, matrices = SCHEDULES[name]
     policy = make(covariance=schedule)
     with th.no_grad():
-        frozen = concatenate([parameters_of(policy.get_distribution(observations()))])
+        frozen = concatenate([parameters_of(policy.get_distribution(observations()))], len(observations()))
         old_mean = policy.get_distribution(observations()).mode().clone()
         policy.action_net.weight.add_(0.1)
         policy.update_covariance(0.0)
