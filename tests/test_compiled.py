@@ -276,7 +276,7 @@ class Reluctant(FlattenExtractor):
 
 
 @pytest.mark.parametrize("why", ["not to be pickled", "patched"])
-def test_what_another_process_cannot_know_is_compiled_here(why: str, compiled_here, monkeypatch) -> None:
+def test_what_another_process_cannot_know_is_compiled_here_and_says_so(why: str, compiled_here, monkeypatch, caplog) -> None:
     options = {"env": "CartPole-v1", "n_epochs": 1}
     if why == "patched":
         # The other process imports the file, which knows nothing of it
@@ -287,6 +287,9 @@ def test_what_another_process_cannot_know_is_compiled_here(why: str, compiled_he
     eager, compiled = (trained(made(PPOPenalty, compile, **options), 1) for compile in (False, True))
     assert compiled_here == ["here"]
     assert distance(eager, compiled) < 1e-4
+    reason = "it came out different there" if why == "patched" else "cannot pickle '_thread.lock' object"
+    (said,) = [record.getMessage() for record in caplog.records if record.name == room.__name__]
+    assert reason in said
 
 
 def test_a_process_that_cannot_be_started_or_understood_is_no_harm(monkeypatch) -> None:
