@@ -49,7 +49,7 @@ ENVIRONMENTS = {
     "Ant-v5": Scale(240_000, 10),
 }
 #: From this many steps on a run gains from compilation more than it costs
-COMPILED_FROM = 100_000
+COMPILED_FROM = 200_000
 #: What all penalties start from, whatever this package's entry for the environment says
 PENALTY: dict[str, Any] = {
     "target_kl": 0.03,
