@@ -84,6 +84,8 @@ DIAGNOSTICS = {
     "effective_sample_size": "effective sample size",
     "std": "std",
 }
+#: What the tables over all environments show
+OVERVIEWS = {"Final return, without noise": "final_return", "Return with noise, last batch": "last_batch_return"}
 
 
 def words_of(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
@@ -146,6 +148,18 @@ def table(rows: pd.DataFrame) -> str:
     return markdown(headers, lines)
 
 
+def overview(rows: pd.DataFrame, column: str) -> str:
+    """
+    :param rows: of all environments
+    :param column: name of a figure
+    :return: that figure of all algorithms on all environments, in Markdown
+    """
+    envs = list(dict.fromkeys(rows["env"]))
+    figures = rows.pivot(index="algo", columns="env", values=column).reindex(dict.fromkeys(rows["algo"]))
+    lines = [[str(algo).replace("ppo_penalty+", ""), *(number(row[env]) for env in envs)] for algo, row in figures.iterrows()]
+    return markdown(["", *(env.split("-")[0] for env in envs)], lines)
+
+
 def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path) -> None:
     """
     :param rows: of all environments
@@ -154,6 +168,8 @@ def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path)
     """
     versions = ", ".join(f"{name} {version}" for name, version in comparisons[0].runs[0].versions.items())
     parts = [f"# How the policy is held\n\n{versions}\n"]
+    for title, column in OVERVIEWS.items():
+        parts.append(f"## {title}\n\n{overview(rows, column)}")
     for comparison in comparisons:
         own = rows[rows["env"] == comparison.task.env]
         seeds = sorted({run.seed for run in comparison.runs})

@@ -427,7 +427,14 @@ def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
             assert float(rows[algo][name]) == pytest.approx(mean, rel=1e-4)
     robust = PPOPenalty.load(own / "CartPole-v1.zip")
     assert (robust.guard, robust.kl_penalty.max_ratio) == (Guard("rollback"), ROBUST["kl_penalty"]["max_ratio"])
-    assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0, 50 evaluation episodes." in (folder / "summary.md").read_text()
+    text = (folder / "summary.md").read_text()
+    assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0, 50 evaluation episodes." in text
+    for title, column in (("Final return, without noise", "final_return"), ("Return with noise", "last_batch_return")):
+        table = text.split(f"## {title}")[1].split("\n##")[0]
+        cells = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")]
+        figures = {name.strip(): figure.strip() for name, figure in cells}
+        assert float(figures["robust"]) == pytest.approx(float(rows["ppo_penalty+robust"][column]), abs=0.051)
+        assert set(figures) >= {"ppo", "fixed", "robust"}
 
 
 def test_scaling_model_recovers_what_made_the_figures() -> None:
