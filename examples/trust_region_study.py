@@ -24,6 +24,7 @@ from sb3_ppo_penalty import ROBUST
 from sb3_ppo_penalty.study import cli, grid, results
 from sb3_ppo_penalty.study.algorithms import BASELINE
 from sb3_ppo_penalty.study.report import NONE, markdown, number, with_interval
+from sb3_ppo_penalty.study.statistics import Interval, iqm, iqm_interval
 
 
 class Scale(NamedTuple):
@@ -70,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cutoff": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 1000.0}},
     "per-state": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 100.0, "per_state": True}},
     "truncated": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 2.0}},
+    "tight": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 1.3}, "guard": "rollback"},
     "guard": {"kl_controller": "proportional", "guard": "rollback"},
     "guard-max": {"kl_controller": "proportional", "guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
     "robust": ROBUST,
@@ -116,8 +118,12 @@ def measured(comparison: grid.Comparison) -> pd.DataFrame:
     rows = results.summary(found, comparison.optimum)
     rows.insert(0, "env", comparison.task.env)
     rows["steps"] = comparison.task.n_timesteps
-    batches = found.runs.groupby("algo")["last_batch_return"].apply(results.iqm)
-    rows["last_batch_return"] = batches.reindex(rows.index)
+    noisy = found.runs.groupby("algo")["last_batch_return"]
+    rows["last_batch_return"] = noisy.apply(iqm).reindex(rows.index)
+    for end in Interval._fields:
+        rows[f"last_batch_return_{end}"] = noisy.apply(lambda values, end=end: getattr(iqm_interval(values), end)).reindex(
+            rows.index
+        )
     late = found.updates[found.updates["time/total_timesteps"] > 0.8 * comparison.task.n_timesteps]
     for name in DIAGNOSTICS:
         column = f"train/{name}"
@@ -144,7 +150,7 @@ def table(rows: pd.DataFrame) -> str:
         better = number(row.get("improvement", np.nan), 2)
         name = row["algo"].replace("ppo_penalty+", "")
         figures = [cell(row[diagnostic]) for diagnostic in DIAGNOSTICS]
-        lines.append([name, with_interval(row, "final_return"), number(row["last_batch_return"]), better, *figures])
+        lines.append([name, with_interval(row, "final_return"), with_interval(row, "last_batch_return"), better, *figures])
     return markdown(headers, lines)
 
 

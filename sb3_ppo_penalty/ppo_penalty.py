@@ -287,9 +287,9 @@ ROBUST: dict[str, Any] = {
     "kl_controller": "proportional",
     # modular_rl's and TF-Agents' largest step
     "kl_coef_factor": 1.5,
-    # What decides on Ant: a sample that is better than expected pulls no longer once it is 1.3 times as likely. With 2 the
-    # ratios are held as well, but the policy's noise shrinks more slowly
-    "kl_penalty": {"max_ratio": 1.3},
+    # What decides on Ant, and costs nothing elsewhere: no sample pulls on once it is twice as likely. A tighter 1.3 learns
+    # faster on Ant and HalfCheetah, and breaks LunarLander and CartPole at this target
+    "kl_penalty": {"max_ratio": 2.0},
     # Heess et al. 2017: no epoch goes on beyond four times the target
     "guard": {"action": "rollback", "max_kl_factor": 4.0},
 }

@@ -382,7 +382,7 @@ def test_the_robust_preset(env: str) -> None:
     assert model.clip_range is None
     assert (model.kl_controller, model.guard.action) == (Proportional(), "rollback")
     assert isinstance(model.guard, Guard)
-    assert model.kl_penalty == KLPenalty(max_ratio=1.3)
+    assert model.kl_penalty == KLPenalty(max_ratio=2)
     model.learn(256)
     bound = model.guard.max_kl_factor * ROBUST["target_kl"]
     assert model.logger.name_to_value["train/kl"] <= bound * (1 + 1e-5)
