@@ -24,7 +24,7 @@ from sb3_ppo_penalty import ROBUST
 from sb3_ppo_penalty.study import cli, grid, results
 from sb3_ppo_penalty.study.algorithms import BASELINE
 from sb3_ppo_penalty.study.report import NONE, markdown, number, with_interval
-from sb3_ppo_penalty.study.statistics import Interval, iqm, iqm_interval
+from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
 
 
 class Scale(NamedTuple):
@@ -120,10 +120,8 @@ def measured(comparison: grid.Comparison) -> pd.DataFrame:
     rows["steps"] = comparison.task.n_timesteps
     noisy = found.runs.groupby("algo")["last_batch_return"]
     rows["last_batch_return"] = noisy.apply(iqm).reindex(rows.index)
-    for end in Interval._fields:
-        rows[f"last_batch_return_{end}"] = noisy.apply(lambda values, end=end: getattr(iqm_interval(values), end)).reindex(
-            rows.index
-        )
+    ends = noisy.apply(iqm_interval).reindex(rows.index)
+    rows["last_batch_return_low"], rows["last_batch_return_high"] = zip(*ends, strict=True)
     late = found.updates[found.updates["time/total_timesteps"] > 0.8 * comparison.task.n_timesteps]
     for name in DIAGNOSTICS:
         column = f"train/{name}"
@@ -139,6 +137,14 @@ def cell(value: float) -> str:
     return f"{value:.3g}" if np.isfinite(value) else NONE
 
 
+def short(algo: str) -> str:
+    """
+    :param algo: name of an algorithm
+    :return: of a penalty, the variant's name alone
+    """
+    return algo.removeprefix("ppo_penalty+")
+
+
 def table(rows: pd.DataFrame) -> str:
     """
     :param rows: of one environment
@@ -148,9 +154,10 @@ def table(rows: pd.DataFrame) -> str:
     lines = []
     for _, row in rows.iterrows():
         better = number(row.get("improvement", np.nan), 2)
-        name = row["algo"].replace("ppo_penalty+", "")
         figures = [cell(row[diagnostic]) for diagnostic in DIAGNOSTICS]
-        lines.append([name, with_interval(row, "final_return"), with_interval(row, "last_batch_return"), better, *figures])
+        lines.append(
+            [short(row["algo"]), with_interval(row, "final_return"), with_interval(row, "last_batch_return"), better, *figures]
+        )
     return markdown(headers, lines)
 
 
@@ -162,7 +169,7 @@ def overview(rows: pd.DataFrame, column: str) -> str:
     """
     envs = list(dict.fromkeys(rows["env"]))
     figures = rows.pivot(index="algo", columns="env", values=column).reindex(dict.fromkeys(rows["algo"]))
-    lines = [[str(algo).replace("ppo_penalty+", ""), *(number(row[env]) for env in envs)] for algo, row in figures.iterrows()]
+    lines = [[short(str(algo)), *(number(row[env]) for env in envs)] for algo, row in figures.iterrows()]
     return markdown(["", *(env.split("-")[0] for env in envs)], lines)
 
 

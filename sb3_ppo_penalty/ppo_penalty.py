@@ -287,7 +287,7 @@ ROBUST: dict[str, Any] = {
     "kl_controller": "proportional",
     # modular_rl's and TF-Agents' largest step
     "kl_coef_factor": 1.5,
-    # What decides on Ant, and costs nothing elsewhere: no sample pulls on once it is twice as likely. A tighter 1.3 learns
+    # What decides on Ant, and costs little elsewhere: no sample pulls on once it is twice as likely. A tighter 1.3 learns
     # faster on Ant and HalfCheetah, and breaks LunarLander and CartPole at this target
     "kl_penalty": {"max_ratio": 2.0},
     # Heess et al. 2017: no epoch goes on beyond four times the target
