@@ -115,6 +115,20 @@ def penalized_surrogate(objective: th.Tensor, kl: th.Tensor, kl_coef: float | th
     return objective - kl_coef * kl.mean()
 
 
+def squared_ratio_deviation(ratio: th.Tensor) -> th.Tensor:
+    """
+    Estimate KL(old || new) of a state from the one action taken there: ``(r - 1)^2 / 2``.
+
+    Its mean over the old policy's actions is half the chi-squared divergence, which agrees with the KL to second order. As
+    a penalty it is concave with the surrogate in r: ``r A - b |A| (r - 1)^2 / 2`` is largest at ``r = 1 + sign(A) / b``,
+    whatever the action and the size of its advantage (Xie et al. 2024, https://arxiv.org/abs/2401.16025).
+
+    :param ratio: importance ratio of actions drawn from the old policy, shape (batch,)
+    :return: shape (batch,), in nats
+    """
+    return 0.5 * (ratio - 1).square()
+
+
 #: From which multiple of the target on the quadratic cutoff costs something: modular_rl's
 CUTOFF_MULTIPLE = 2.0
 

@@ -189,9 +189,9 @@ class PPOPenalty(ProximalAlgorithm):
         self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
     ) -> tuple[th.Tensor, th.Tensor]:
         clip_range, penalty = settings["clip_range"], settings["kl_penalty"]
+        kl = penalty.charge(ratio, advantages, batch.old, lambda: self._current_parameters(batch.observations))
         ratio = penalty.bounded(ratio, advantages)
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
-        kl = penalty.divergence(batch.old, self._current_parameters(batch.observations))
         return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
 
     def _excluded_save_params(self) -> list[str]:

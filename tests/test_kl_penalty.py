@@ -39,7 +39,8 @@ def test_ways_to_ask(choice, expected):
 
 
 def test_the_default_is_the_documents():
-    assert KLPenalty() == KLPenalty(direction="old_new", cutoff_coef=0.0, per_state=False, max_ratio=None)
+    names = {"sampled": False, "advantage_weighted": False, "max_ratio": None}
+    assert KLPenalty() == KLPenalty(direction="old_new", cutoff_coef=0.0, per_state=False, **names)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,9 @@ def test_the_default_is_the_documents():
             {"cutoff_coef": 1, "per_state": 1}, "`kl_penalty.per_state` must be True or False, got 1", id="per_state"
         ),
         pytest.param({"per_state": True}, "`kl_penalty.per_state` must be False without a `cutoff_coef`", id="of no cutoff"),
+        pytest.param({"sampled": True, "direction": "new_old"}, "`kl_penalty.direction` must be left out", id="of a sample"),
+        pytest.param({"sampled": 1}, "`kl_penalty.sampled` must be True or False, got 1", id="sampled"),
+        pytest.param({"advantage_weighted": None}, "`kl_penalty.advantage_weighted` must be True or False", id="weighted"),
         pytest.param({"max_ratio": 1.0}, "`kl_penalty.max_ratio` must be a finite number above 1 or None", id="ratio 1"),
         pytest.param({"max_ratio": math.nan}, "`kl_penalty.max_ratio` must be", id="ratio nan"),
         pytest.param({"max_ratio": "10"}, "`kl_penalty.max_ratio` must be", id="ratio a string"),
@@ -72,9 +76,9 @@ def test_what_cannot_be_asked_for(choice, message):
 
 
 def test_it_is_a_value():
-    shape = KLPenalty("symmetric", 10.0, True, 5.0)
+    shape = KLPenalty("symmetric", 10.0, True, max_ratio=5.0)
     assert pickle.loads(pickle.dumps(shape)) == shape
-    assert hash(shape) == hash(KLPenalty("symmetric", 10.0, True, 5.0))
+    assert hash(shape) == hash(KLPenalty("symmetric", 10.0, True, max_ratio=5.0))
     with pytest.raises(AttributeError):
         shape.cutoff_coef = 0.0
 
@@ -86,7 +90,33 @@ def test_it_is_a_value():
     ("direction", "expected"), [("old_new", 0.14384104), ("new_old", 0.13081204), ("symmetric", 0.13732654)]
 )
 def test_the_direction_is_the_one_asked_for(direction, expected):
-    assert KLPenalty(direction).divergence(OLD, NEW).tolist() == pytest.approx([expected] * 2)
+    ratio, advantages = tensor(0.5, 1.5), tensor(1, -1)
+    assert KLPenalty(direction).charge(ratio, advantages, OLD, lambda: NEW).tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # Half the squares of -1/2 and 2
+        pytest.param(KLPenalty(sampled=True), [0.125, 2.0], id="sampled"),
+        # times 4 and 0.5
+        pytest.param(KLPenalty(sampled=True, advantage_weighted=True), [0.5, 1.0], id="sampled and weighted"),
+        # KL(old || new) = 0.14384104 times 4 and 0.5
+        pytest.param(KLPenalty(advantage_weighted=True), [0.57536414, 0.07192052], id="weighted"),
+        # The charge is on the ratio as it is, not as the surrogate sees it
+        pytest.param(KLPenalty(sampled=True, max_ratio=1.5), [0.125, 2.0], id="not truncated"),
+    ],
+)
+def test_what_is_charged(shape, expected):
+    charged = shape.charge(tensor(0.5, 3.0), tensor(-4.0, 0.5), OLD, lambda: NEW)
+    assert charged.tolist() == pytest.approx(expected)
+
+
+def test_a_sampled_charge_asks_for_no_distribution():
+    def never():
+        raise AssertionError("asked for the distribution")
+
+    KLPenalty(sampled=True).charge(tensor(0.5), tensor(1.0), OLD, never)
 
 
 def test_ratios_are_left_alone_unless_asked():
@@ -122,7 +152,7 @@ def test_no_value_decides_what_is_computed(direction, per_state):
 
     def objective(kl_coef, target_kl):
         truncated = (shape.bounded(ratio, advantages) * advantages).mean()
-        return shape.penalized(truncated, shape.divergence(OLD, NEW), kl_coef, target_kl)
+        return shape.penalized(truncated, shape.charge(ratio, advantages, OLD, lambda: NEW), kl_coef, target_kl)
 
     kl_coefs, targets = tensor(0.0, 1.0, 7.0), tensor(0.001, 0.05, 1.0)
     batched = th.func.vmap(objective)(kl_coefs, targets)

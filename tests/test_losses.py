@@ -258,3 +258,23 @@ def test_k3_is_unbiased():
 )
 def test_effective_sample_size(log_ratio, fraction):
     assert losses.effective_sample_size(th.tensor(log_ratio)).item() == pytest.approx(fraction, rel=1e-6)
+
+
+def test_squared_ratio_deviation():
+    # Half the squares of 0, -1/2 and 2
+    assert losses.squared_ratio_deviation(th.tensor([1.0, 0.5, 3.0])).tolist() == [0.0, 0.125, 2.0]
+
+
+def test_squared_ratio_deviation_is_the_kl_to_second_order():
+    """A mean that moves by 0.05 deviations: KL = 0.05^2 / 2; half the chi-squared divergence is (exp(0.05^2) - 1) / 2."""
+    actions = th.randn(4_000_000, generator=th.Generator().manual_seed(0), dtype=th.float64)
+    ratio = th.exp(0.05 * actions - 0.05**2 / 2)
+    assert losses.squared_ratio_deviation(ratio).mean().item() == pytest.approx(0.00125, rel=0.01)
+
+
+@pytest.mark.parametrize("advantage", [0.01, -1.0, 7.0])
+def test_the_weighted_deviation_is_best_at_one_ratio_for_all_advantages(advantage):
+    """b = 5: the objective r A - b |A| (r - 1)^2 / 2 has its maximum at 1 + sign(A) / 5."""
+    ratio = th.tensor(1 + 0.2 * (1 if advantage > 0 else -1), dtype=th.float64, requires_grad=True)
+    objective = ratio * advantage - 5 * abs(advantage) * losses.squared_ratio_deviation(ratio)
+    assert th.autograd.grad(objective, ratio)[0].item() == pytest.approx(0.0, abs=1e-12)

@@ -1,0 +1,245 @@
+"""
+Penalty against clip on the protocol that the field publishes: one environment, a million steps, five seeds.
+
+    python examples/field_protocol.py run Ant-v4 --seeds 11 12 13 14 15            # hours on two cores; goes on where it ended
+    python examples/field_protocol.py run Ant-v4 --methods clip --seeds 11         # one row of one table
+    python examples/field_protocol.py report                                       # tables and pictures of all there is
+
+The protocol is that of CleanRL's `ppo_continuous_action` and of KLip-PPO (https://arxiv.org/abs/2606.23932): observations
+normalised and clipped at 10, rewards divided by the deviation of the discounted return and clipped at 10; separate 64-64 tanh
+networks, a learned standard deviation that does not depend on the state; 2,048 steps, minibatches of 64, 10 epochs; discount
+0.99, lambda 0.95; Adam with eps 1e-5, 3e-4 falling linearly to 0; value clip 0.2; gradient norm 0.5; no entropy bonus. The
+methods differ in nothing but the policy's objective. Every run is one JSON file: settings, versions, learning curve, figures
+of its updates, and the returns of 20 episodes without noise.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.proximal import ProximalAlgorithm
+
+OUT = Path(__file__).parent / "results" / "field_protocol"
+#: 488 rollouts of 2,048 steps, as CleanRL counts a million
+STEPS = 488 * 2048
+#: Of the learning curve: means over so many equal parts of training
+PARTS = 100
+EVAL_EPISODES = 20
+#: What is kept of every update
+FIGURES = ("kl", "kl_coef", "std", "max_ratio", "effective_sample_size", "clip_fraction", "approx_kl", "explained_variance")
+PROTOCOL: dict[str, Any] = {
+    "learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
+    "n_steps": 2048,
+    "batch_size": 64,
+    "n_epochs": 10,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "clip_range_vf": 0.2,
+    "ent_coef": 0.0,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+}
+#: The target falls with the learning rate, as the divergence does that the clip leaves
+FALLING = LinearSchedule(0.034, 0.004, 1.0)
+ADAPTIVE: dict[str, Any] = {"kl_controller": "proportional", "kl_coef_factor": 1.5, "target_kl": FALLING}
+SAMPLED: dict[str, Any] = {"sampled": True, "advantage_weighted": True}
+#: name -> class and what it is given beside the protocol
+METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
+    # Stock PPO, bit for bit but for the compiled step's rounding
+    "clip": (PPOClip, {"clip_range": 0.2}),
+    "clip-0.3": (PPOClip, {"clip_range": 0.3}),
+    "clip-falling": (PPOClip, {"clip_range": LinearSchedule(0.2, 0.0, 1.0)}),
+    # The paper's rule with KLip-PPO's constants
+    "adaptive": (PPOPenalty, {"target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 2.0, "kl_coef_bounds": (1e-4, 1e4)}),
+    "truncated": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"max_ratio": 1.3}}),
+    "sampled": (PPOPenalty, {**ADAPTIVE, "kl_penalty": SAMPLED}),
+    # What it is that works
+    "adaptive-falling": (PPOPenalty, {"target_kl": FALLING, "kl_coef_bounds": (1e-4, 1e4)}),
+    "proportional-falling": (PPOPenalty, ADAPTIVE),
+    "truncation-alone": (PPOPenalty, {"kl_controller": "fixed", "kl_coef": 1e-3, "kl_penalty": {"max_ratio": 1.3}}),
+    "truncated-adaptive": (PPOPenalty, {"target_kl": FALLING, "kl_penalty": {"max_ratio": 1.3}}),
+    "truncated-constant": (PPOPenalty, {**ADAPTIVE, "target_kl": 0.02, "kl_penalty": {"max_ratio": 1.3}}),
+    "truncated-1.2": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"max_ratio": 1.2}}),
+    "truncated-1.5": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"max_ratio": 1.5}}),
+    "truncated-2": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"max_ratio": 2.0}}),
+    "sampled-constant": (PPOPenalty, {**ADAPTIVE, "target_kl": 0.02, "kl_penalty": SAMPLED}),
+    "sampled-unweighted": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"sampled": True}}),
+    "sampled-fixed": (PPOPenalty, {"kl_controller": "fixed", "kl_coef": 5.0, "kl_penalty": SAMPLED}),
+    "weighted": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"advantage_weighted": True}}),
+}
+TABLE = ("clip", "adaptive", "truncated", "sampled")
+
+
+class Recorder(BaseCallback):
+    """Keep every episode's return with the step at which it ended, and every update's figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.episodes: list[tuple[int, float]] = []
+        self.updates: dict[str, list[float]] = {}
+
+    def _on_step(self) -> bool:
+        self.episodes += [(self.num_timesteps, info["episode"]["r"]) for info in self.locals["infos"] if "episode" in info]
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._take()
+
+    def _on_training_end(self) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        for name in FIGURES:
+            if (value := self.logger.name_to_value.get(f"train/{name}")) is not None:
+                self.updates.setdefault(name, []).append(float(value))
+
+
+def in_parts(values: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], total: int) -> list[float | None]:
+    """
+    Average what happened in each of :data:`PARTS` equal parts of training.
+
+    :param values: in the order of their steps
+    :param steps: at which each was taken
+    :param total: steps of the training
+    :return: a mean for each part; None where nothing happened
+    """
+    part = np.minimum((steps - 1) * PARTS // total, PARTS - 1)
+    return [float(values[part == k].mean()) if (part == k).any() else None for k in range(PARTS)]
+
+
+def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
+    """
+    Train one policy and evaluate it without noise.
+
+    :param env_id: of a registered environment
+    :param method: a key of :data:`METHODS`
+    :param seed: of networks, actions and environment
+    :param steps: of training
+    :return: all that is worth keeping, for JSON
+    """
+    th.set_num_threads(1)
+    algorithm, own = METHODS[method]
+    env = VecNormalize(make_vec_env(env_id, seed=seed), gamma=PROTOCOL["gamma"])
+    model: Any = algorithm(ActorCriticPolicy, env, **PROTOCOL, **own, seed=seed, compile=True, device="cpu")
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    recorder = Recorder()
+    started = time.perf_counter()
+    model.learn(steps, callback=recorder)
+    seconds = time.perf_counter() - started
+    test_env = VecNormalize(make_vec_env(env_id, seed=10_000 + seed), training=False, norm_reward=False)
+    test_env.obs_rms = env.obs_rms
+    returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
+    when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
+    updates = {
+        name: in_parts(np.array(values), np.linspace(1, steps, len(values)), steps)
+        for name, values in recorder.updates.items()
+    }
+    packages = ("stable-baselines3", "gymnasium", "mujoco", "numpy", "torch")
+    return {
+        "env": env_id,
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "settings": {**PROTOCOL, **own},
+        "versions": {name: version(name) for name in packages},
+        "seconds": round(seconds),
+        "last_tenth": float(what[when > 0.9 * steps].mean()),
+        "without_noise": [round(each, 2) for each in returns],
+        "curve": in_parts(what, when, steps),
+        "updates": updates,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Shorten the floats of a tree of lists and dicts to five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def path_of(out: Path, env_id: str, method: str, seed: int) -> Path:
+    """Name the file of a run."""
+    return out / "runs" / env_id / f"{method}-{seed}.json"
+
+
+def run_one(env_id: str, method: str, seed: int, steps: int, out: Path) -> None:
+    """Perform a run and write its file, which appears whole or not at all."""
+    path = path_of(out, env_id, method, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(rounded(perform(env_id, method, seed, steps)), default=repr))
+    unfinished.replace(path)
+
+
+def missing(chosen: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Go through the runs that have no file yet, seed by seed, so that an early end leaves as many of each method."""
+    for env_id in chosen.envs:
+        for seed in chosen.seeds:
+            for method in chosen.methods:
+                if not path_of(chosen.out, env_id, method, seed).exists():
+                    yield env_id, method, seed
+
+
+def run_all(chosen: argparse.Namespace) -> None:
+    """Perform what is missing, each run in a process of its own."""
+
+    def start(run: tuple[str, str, int]) -> None:
+        env_id, method, seed = run
+        words = [
+            "one",
+            env_id,
+            "--methods",
+            method,
+            "--seeds",
+            str(seed),
+            "--steps",
+            str(chosen.steps),
+            "--out",
+            str(chosen.out),
+        ]
+        finished = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+        print(f"{env_id} {method} {seed}: {'done' if finished.returncode == 0 else finished.stderr[-2000:]}", flush=True)
+
+    with ThreadPoolExecutor(chosen.n_jobs) as pool:
+        list(pool.map(start, missing(chosen)))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "one"))
+    parser.add_argument("envs", nargs="+")
+    parser.add_argument("--methods", nargs="+", default=TABLE, choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--n-jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=OUT)
+    chosen = parser.parse_args()
+    if chosen.command == "one":
+        run_one(chosen.envs[0], chosen.methods[0], chosen.seeds[0], chosen.steps, chosen.out)
+    else:
+        run_all(chosen)
+
+
+if __name__ == "__main__":
+    main()
