@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -52,6 +52,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         with ``use_sde``, ``log_std_init`` or an action space that is not a Box; a schedule is asked for both ends
     """
 
+    #: Each class's name in saved files, which stays: SB3 writes a class's own attributes beside its pickle, but not its name
+    saved_as: ClassVar[str]
     covariance: th.Tensor
     _scale: th.Tensor
     _whitening: th.Tensor
@@ -254,10 +256,16 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 class MlpPolicy(FixedCovarianceMixin, ActorCriticPolicy):
     """SB3's ``MlpPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""
 
+    saved_as: ClassVar[str] = "sb3_ppo_penalty.MlpPolicy"
+
 
 class CnnPolicy(FixedCovarianceMixin, ActorCriticCnnPolicy):
     """SB3's ``CnnPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""
 
+    saved_as: ClassVar[str] = "sb3_ppo_penalty.CnnPolicy"
+
 
 class MultiInputPolicy(FixedCovarianceMixin, MultiInputActorCriticPolicy):
     """SB3's ``MultiInputPolicy`` with a fixed covariance: see :class:`FixedCovarianceMixin` for the arguments it adds."""
+
+    saved_as: ClassVar[str] = "sb3_ppo_penalty.MultiInputPolicy"

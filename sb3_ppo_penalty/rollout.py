@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -191,6 +191,8 @@ class RewardToGoMixin(RolloutBuffer):
 
     #: Asked by the algorithm: SB3 adds the value of the last observation to the reward at a time limit unless told not to
     bootstrap_timeouts = False
+    #: Each class's name in saved files, which stays: SB3 writes a class's own attributes beside its pickle, but not its name
+    saved_as: ClassVar[str]
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
         """
@@ -214,9 +216,13 @@ class RewardToGoMixin(RolloutBuffer):
 class RewardToGoRolloutBuffer(RewardToGoMixin):
     """For ``rollout_buffer_class``, where observations are arrays: see :class:`RewardToGoMixin`."""
 
+    saved_as: ClassVar[str] = "sb3_ppo_penalty.RewardToGoRolloutBuffer"
+
 
 class RewardToGoDictRolloutBuffer(RewardToGoMixin, DictRolloutBuffer):
     """For ``rollout_buffer_class``, where observations are dicts: see :class:`RewardToGoMixin`."""
+
+    saved_as: ClassVar[str] = "sb3_ppo_penalty.RewardToGoDictRolloutBuffer"
 
 
 class IgnoreTimeLimits(VecEnvWrapper):

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-#: What ``save`` puts into its archive: values and weights; variables, which these algorithms do not have, and two texts for
-#: people are not read
-MEMBERS = re.compile(r"data|(policy|policy\.optimizer|pytorch_variables)\.pth|_stable_baselines3_version|system_info\.txt")
+#: What ``save`` puts into its archive: values and weights. Not read are variables, which these algorithms do not have, two
+#: texts for people, and the pickle that a resumable checkpoint has besides
+MEMBERS = re.compile(
+    r"data|(policy|policy\.optimizer|pytorch_variables)\.pth|_stable_baselines3_version|system_info\.txt|resume\.pkl"
+)
 #: What ``torch.save`` puts into its own; records with a dot describe the archive and are not read
 TORCH_MEMBERS = re.compile(r"archive/(data\.pkl|byteorder|version|data/[0-9]+|\.\w+(/\w+)?)")
 #: What a pickle of tensors by ``torch.save`` calls upon, as :mod:`pickletools` writes it

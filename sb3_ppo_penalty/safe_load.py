@@ -62,6 +62,19 @@ KWARGS_CLASSES: dict[str, list[type]] = {
     "features_extractor_class": [FlattenExtractor, NatureCNN, CombinedExtractor],
     "optimizer_class": [th.optim.Adam, th.optim.AdamW, th.optim.RMSprop, th.optim.SGD, RMSpropTFLike],
 }
+#: Classes of this package in files of before they had a ``saved_as``: module and first words of the docstring -> name
+EARLIER = {
+    **{
+        ("sb3_ppo_penalty.policies", f"SB3's ``{name}`` with a fixed covariance"): f"sb3_ppo_penalty.{name}"
+        for name in ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
+    },
+    **{
+        ("sb3_ppo_penalty.rollout", f"For ``rollout_buffer_class``, where observations are {kind}"): f"sb3_ppo_penalty.{name}"
+        for kind, name in (("arrays", "RewardToGoRolloutBuffer"), ("dicts", "RewardToGoDictRolloutBuffer"))
+    },
+}
+#: How Python prints an instance's class; the module between package and class may have moved since
+OWN_CLASS = re.compile(r"<class 'sb3_ppo_penalty\.(?:\w+\.)*(\w+)'>")
 KWARGS_FLAGS = {
     *("ortho_init", "full_std", "use_expln", "squash_output", "share_features_extractor", "normalize_images"),
     "learn_covariance",
@@ -202,8 +215,8 @@ def _object(entry: str, value: Any) -> Any:
     """
     if value is None:
         return None
-    known = {str(each): each for each in OBJECTS[entry]}
-    kind = known.get(str(value.get(":type:"))) if type(value) is Pickled else None
+    found = OWN_CLASS.fullmatch(str(value.get(":type:"))) if type(value) is Pickled else None
+    kind = {each.__name__: each for each in OBJECTS[entry]}.get(found[1]) if found else None
     names = ", ".join(each.__name__ for each in OBJECTS[entry])
     check(kind is not None, entry, value, f"one of {names}, or passed as `{entry}`")
     assert kind is not None
@@ -235,22 +248,26 @@ def _class_among(classes: Sequence[type], entry: str, value: Any) -> type:
     found = [known for known in classes if type(value) is Pickled and _describes(value, known)]
     argument = "policy" if entry == "policy_class" else entry
     names = ", ".join(known.__name__ for known in classes)
-    texts = {key: value.get(key) for key in (":type:", "__module__", "__init__")} if isinstance(value, dict) else value
+    shown = (":type:", "saved_as", "__module__", "__init__")
+    texts = {key: value.get(key) for key in shown} if isinstance(value, dict) else value
     check(len(found) == 1, entry, texts, f"one of {names}, or passed as `{argument}`")
     return found[0]
 
 
 def _describes(texts: Pickled, known: type) -> bool:
     """
+    Tell whether texts from a file are those of a class, wherever its module is now.
+
     :param texts: a class's attributes as text, without its name
     :param known: a class
-    :return: whether they are its own: the module, and the constructor or else the docstring
+    :return: whether they hold its ``saved_as``, or, for the classes of others, its module and its constructor
     """
-    if texts.get("__module__") != known.__module__:
-        return False
-    if "__init__" in vars(known):
-        return str(texts.get("__init__")).startswith(f"<function {known.__qualname__}.__init__ at ")
-    return known.__doc__ is not None and texts.get("__doc__") == known.__doc__
+    earlier = EARLIER.get((str(texts.get("__module__")), str(texts.get("__doc__")).partition(":")[0]))
+    own_name = vars(known).get("saved_as")
+    if texts.get("saved_as", earlier) == (own_name or f"{known.__module__}.{known.__qualname__}"):
+        return True
+    constructor = str(texts.get("__init__")).startswith(f"<function {known.__qualname__}.__init__ at ")
+    return own_name is None and texts.get("__module__") == known.__module__ and constructor
 
 
 def _policy_kwargs(entry: str, value: Any) -> dict[str, Any] | None:
