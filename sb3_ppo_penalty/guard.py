@@ -73,7 +73,10 @@ class Report:
     """
     What a guard saw and did in one update.
 
-    :param kl: what was measured last before the guard acted, or after the last epoch, in nats
+    :param kl: the guard's measure of the states' KL(old || new), as it was last before the guard acted, or after the last
+        epoch, in nats
+    :param mean_kl: the mean over the same states then, whatever the measure: what a controller is told of an update in which
+        the guard acted
     :param epochs: of the policy that remain
     :param acted: whether the bound was exceeded
     :param passes: over the rollout, with steps that do nothing but lower the divergence
@@ -81,6 +84,7 @@ class Report:
     """
 
     kl: float = math.nan
+    mean_kl: float = math.nan
     epochs: int = 0
     acted: bool = False
     passes: int = 0
@@ -157,7 +161,8 @@ class Watch:
         step, inside = stepper(self.settings), self._last_good()
         for epoch in range(1, n_epochs + 1):
             yield step
-            self.report.kl, self.report.epochs = self._measured(self.rollout), epoch
+            self.report.kl, self.report.mean_kl = self._measured(self.rollout)
+            self.report.epochs = epoch
             if not self.report.kl <= self.bound:
                 self._act(inside)
                 yield from self._critic_alone(n_epochs - epoch, stepper)
@@ -187,10 +192,10 @@ class Watch:
         for passes in range(1, self.guard.max_passes + 1):
             self.report.passes = passes
             for batch in self.ranks.minibatches(self.rollout, self.batch_size, normalize=False):
-                if not self._measured(Rollout(*batch)) <= self.bound:
+                if not self._measured(Rollout(*batch))[0] <= self.bound:
                     new = parameters_of(self.policy.get_distribution(batch.observations))
                     descend(kl_divergence(batch.old, new).mean(), len(batch.actions))
-            if self._measured(self.rollout) <= self.bound:
+            if self._measured(self.rollout)[0] <= self.bound:
                 return True
         return False
 
@@ -217,10 +222,15 @@ class Watch:
         actor, critic = self.roles
         return Snapshot(self.policy, dict.fromkeys(actor + critic) if set(actor) & set(critic) else actor)
 
-    def _measured(self, rollout: Rollout) -> float:
+    def _measured(self, rollout: Rollout) -> tuple[float, float]:
         """
+        Measure how far the policy is from the old one.
+
         :param rollout: all of it, or what stands for one
-        :return: the measure in its states; infinity where the policy cannot be evaluated any more
+        :return: the guard's measure of KL(old || new) in its states, and their mean, in nats; infinity where the policy
+            cannot be evaluated any more
         """
-        finite = th.isfinite(nn.utils.get_total_norm(self.policy.parameters())).item()
-        return float(getattr(self.drift(rollout), MEASURES[self.guard.measure])) if finite else math.inf
+        if not th.isfinite(nn.utils.get_total_norm(self.policy.parameters())).item():
+            return math.inf, math.inf
+        drift = self.drift(rollout)
+        return float(getattr(drift, MEASURES[self.guard.measure])), float(drift.kl)

@@ -85,7 +85,7 @@ class KLReading(NamedTuple):
     What a controller is told after an update.
 
     :param kl_coef: beta of the update that was just made, whoever set it
-    :param kl: mean KL(old || new) over the whole rollout after the last epoch, in nats; finite
+    :param kl: mean KL(old || new) over the whole rollout after the last epoch, or when a guard acted, in nats; finite
     :param target_kl: the divergence aimed at, in nats
     :param kl_min: in nats
     :param kl_max: in nats

@@ -62,8 +62,8 @@ class PPOPenalty(ProximalAlgorithm):
         of a direction; default: the document's KL(old || new) and nothing else
     :param guard: what becomes of an update that goes too far all the same: ``"stop"``, ``"rollback"`` or ``"fixup"`` once the
         divergence exceeds ``4 * target_kl`` after an epoch; a :class:`~sb3_ppo_penalty.guard.Guard`, or a dict of its fields;
-        default: nothing. When it acted, the coefficient follows what the guard measured then, not where it left the policy:
-        a policy that was taken back would look like one that hardly moves
+        default: nothing. When it acted, the coefficient follows the mean divergence of that moment, whatever the guard's
+        measure, and not of where it left the policy: one that was taken back would look as if it hardly moved
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
@@ -209,7 +209,7 @@ class PPOPenalty(ProximalAlgorithm):
     def _after_update(self, drift: Drift) -> None:
         target, low, high = self._aims(self._current_progress_remaining)
         report = self._guard_report if self.guard else None
-        reached = report.kl if report and report.acted else drift.kl
+        reached = report.mean_kl if report and report.acted else drift.kl
         reading = KLReading(float(self.kl_coef), reached, target, low, high, self.kl_coef_factor)
         wanted = self._wanted_kl_coef(reading)
         granted = clamp(wanted, self.kl_coef_bounds)

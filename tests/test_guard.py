@@ -229,6 +229,22 @@ def test_the_coefficient_follows_what_the_guard_measured() -> None:
     assert (logged(model, "guard_acted"), logged(model, "guard_epochs"), model.kl_coef) == (0, 2, 1.0)
 
 
+@pytest.mark.parametrize("action", ["stop", "rollback", "fixup"])
+@pytest.mark.parametrize(("measure", "key"), [("p99", "kl_p99"), ("max", "kl_max_state")])
+def test_the_controller_is_told_the_mean_whatever_the_guard_measures(measure: str, key: str, action: str) -> None:
+    """Between the mean and the largest divergence the document's rule lowers the coefficient, as it does without a guard."""
+    free = third(n_epochs=2)
+    threshold = 0.5 * (logged(free, "kl") + logged(free, "kl_max_state"))
+    guard = Guard(action, 0.99 * logged(free, key) / 0.005, measure)
+    model = third(n_epochs=2, guard=guard, kl_min=threshold, kl_max=threshold)
+    assert logged(model, "guard_acted") == 1
+    assert logged(model, "guard_kl") == pytest.approx(logged(free, key))
+    assert logged(model, "guard_mean_kl") == pytest.approx(logged(free, "kl"))
+    assert model.kl_coef == logged(model, "kl_coef") == 0.5
+    controlled = third(n_epochs=2, guard=guard, kl_controller=lambda reading: reading.kl)
+    assert controlled.kl_coef == pytest.approx(logged(free, "kl"))
+
+
 def test_the_measure_decides() -> None:
     """Largest and mean divergence lie apart: a bound between them is passed by one alone."""
     free = third(n_epochs=2)
