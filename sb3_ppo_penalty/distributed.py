@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -242,6 +243,10 @@ def _initialise(timeout: float) -> None:
     :param timeout: in seconds
     :raises RankError: if the ranks do not find each other in time
     """
+    # Making an optimizer imports torch._dynamo, and with it `torch.distributed.nn`, whose functions have the group of that
+    # moment as a default argument. Imported later they would keep the session's group, and gloo's threads with it, beyond
+    # its end: such a thread aborts the process when it releases a tensor while the interpreter ends
+    import_module("torch._dynamo")
     backend = "gloo"
     if th.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -678,6 +679,41 @@ def test_a_rank_that_nobody_joins_says_so() -> None:
     process.start()
     assert ended([process]) == [0]
     assert queue.get() is False
+
+
+# How a session ends
+
+BEGIN = """
+import atexit, sys, weakref
+import torch.distributed as dist
+from sb3_ppo_penalty import PPOPenalty, distributed
+
+def end():
+    print("no group at the end" if group() is None else "the group is still there", flush=True)
+
+def model():
+    return PPOPenalty("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, n_epochs=1, device="cpu")
+
+atexit.register(end)
+with distributed.session(timeout=60) as ranks:
+    group = weakref.ref(dist.group.WORLD)
+"""
+
+
+def ends_of(body: str, size: int = 2) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of ranks that run this in a session, in interpreters which have imported nothing yet."""
+    port, command = free_port(), [sys.executable, "-c", BEGIN + textwrap.indent(body, "    ")]
+    shared = {"WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": f"{rank}"}, **pipes) for rank in range(size)]
+    outputs = [rank.communicate(timeout=PATIENCE) for rank in ranks]
+    return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def test_no_process_group_outlives_its_session() -> None:
+    """Its threads would abort the process if they let go of a tensor while the interpreter ends."""
+    for code, output, errors in ends_of("kept = model().learn(32)"):
+        assert (code, output) == (0, "no group at the end\n"), errors
 
 
 # Without other ranks
