@@ -3,6 +3,7 @@
 import inspect
 import io
 import itertools
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -538,15 +539,23 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             ),
         }
         figures = self._ranks.mean(figures, self.rollout_buffer.values.size)
-        figures |= {"clip_range": float("inf") if clip_range is None else clip_range, **drift._asdict()}
+        figures |= drift._asdict()
         figures |= self._gradient_norms([step for epoch in epochs for step in epoch])
         if hasattr(self.policy, "log_std"):
             figures["std"] = self.policy.log_std.exp().mean().item()
-        if settings["clip_range_vf"] is not None:
-            figures["clip_range_vf"] = settings["clip_range_vf"]
-        for name, figure in figures.items():
-            self.logger.record(f"train/{name}", figure)
+        figures |= {name: settings[name] for name in ("clip_range", "clip_range_vf") if settings[name] is not None}
+        self._record(figures)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _record(self, figures: Mapping[str, float]) -> None:
+        """
+        Log figures of an update under ``train/``.
+
+        :param figures: by name. One that is not finite (an importance ratio that overflowed, the explained variance of returns
+            that do not vary) is kept out of JSON, which has no number for it
+        """
+        for name, figure in figures.items():
+            self.logger.record(f"train/{name}", figure, exclude=None if math.isfinite(figure) else "json")
 
     def _gradient_norms(self, steps: list[Step]) -> dict[str, float]:
         """

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import csv
+import json
 import math
 import warnings
 
@@ -256,7 +258,7 @@ def test_nothing_of_a_rollout_reaches_the_file(tmp_path) -> None:
 
 
 def test_logs_all_of_ppos_keys_and_its_own(tmp_path) -> None:
-    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, clip_range_vf=0.2)
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, clip_range=0.3, clip_range_vf=0.2)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(128)
     model.logger.close()
@@ -266,6 +268,64 @@ def test_logs_all_of_ppos_keys_and_its_own(tmp_path) -> None:
     )
     own = "kl kl_coef kl_coef_change kl_min kl_max kl_estimate effective_sample_size max_ratio clip_range_vf learning_rate"
     assert {f"train/{key}" for key in f"{stock} {own}".split()} <= set(header)
+
+
+class Still(gym.RewardWrapper):
+    """An environment whose returns, at a discount of 0 and with a critic that predicts 0, are all 0."""
+
+    def reward(self, reward):
+        return 0.0
+
+
+def lines_of_json(path, model) -> list[dict[str, float]]:
+    """What a reader that knows no numbers but JSON's finds in SB3's JSON log of a training."""
+    model.set_logger(configure(str(path), ["json", "csv"]))
+    model.learn(192)
+    model.logger.close()
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (path / "progress.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [{}, {"guard": {"action": "rollback", "measure": "max"}}, {"clip_range_vf": 0.2}])
+def test_what_is_not_in_force_is_not_logged(tmp_path, options) -> None:
+    rows = lines_of_json(tmp_path, PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, **options))
+    assert len(rows) == 3
+    assert "train/kl" in rows[-1]
+    assert not any("train/clip_range" in row for row in rows)
+    assert ("train/clip_range_vf" in rows[-1]) == ("clip_range_vf" in options)
+    assert "train/clip_range," not in (tmp_path / "progress.csv").read_text()
+
+
+@pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
+def test_a_figure_that_is_no_number_is_kept_out_of_json_alone(tmp_path, algorithm) -> None:
+    """A clip range of infinity, and the explained variance of returns that do not vary, as stock PPO logs them elsewhere."""
+    options = {**SMALL, "gamma": 0.0, "vf_coef": 0.0, "clip_range": math.inf}
+    model = algorithm("MlpPolicy", Still(gym.make("Pendulum-v1")), **options)
+    with th.no_grad():
+        for weight in model.policy.value_net.parameters():
+            weight.zero_()
+    rows = lines_of_json(tmp_path, model)
+    assert {"train/clip_range", "train/explained_variance"}.isdisjoint(rows[-1])
+    assert "train/max_ratio" in rows[-1]
+    assert math.isnan(model.logger.name_to_value["train/explained_variance"])
+    assert model.logger.name_to_value["train/clip_range"] == math.inf
+    with (tmp_path / "progress.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert (last["train/clip_range"], last["train/explained_variance"]) == ("inf", "nan")
+
+
+@pytest.mark.parametrize("figure", [math.inf, -math.inf, math.nan, np.float32("nan")])
+def test_no_figure_of_ours_breaks_the_json_log(tmp_path, figure) -> None:
+    class Overflown(PPOPenalty):
+        def _measure_drift(self, rollout):
+            return super()._measure_drift(rollout)._replace(kl_estimate=figure, effective_sample_size=figure, max_ratio=figure)
+
+    rows = lines_of_json(tmp_path, Overflown("MlpPolicy", "Pendulum-v1", **SMALL))
+    assert "train/kl" in rows[-1]
+    assert "train/max_ratio" not in rows[-1]
 
 
 def test_learns_a_task_whose_answer_is_known() -> None:
