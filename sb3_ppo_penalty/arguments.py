@@ -52,6 +52,19 @@ def _is_float(value: Real) -> bool:
     return True
 
 
+def as_number(value: Any) -> Any:
+    """
+    Take the number out of a tensor or an array that holds one, as SB3 does by ``float(value)``.
+
+    :param value: anything
+    :return: a Python number; the value itself where it holds none, or several
+    """
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return value
+
+
 def require_number(
     name: str,
     value: Any,
@@ -98,6 +111,6 @@ def schedule_at(name: str, schedule: Callable[[float], Any], progress: float, *,
     :return: a number of at least 0
     :raises ArgumentError: naming the schedule and the progress, for any other answer
     """
-    number = schedule(progress)
+    number = as_number(schedule(progress))
     require_number(f"{name}({progress:g})", number, 0, infinite=infinite)
     return float(number)

@@ -157,13 +157,13 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         update made of it. With another algorithm call it in a callback's ``_on_rollout_start``. What ``policy.save`` keeps is
         the covariance of the moment; ``model.save`` also keeps the schedule.
 
-        :param progress_remaining: from 1 to 0
+        :param progress_remaining: from 1 to 0; below it, where SB3's training has overshot ``total_timesteps``, counts as 0
         :raises ValueError: if the schedule's answer is no covariance
         """
         if not callable(self._requested_covariance):
             return
         self._waits_for_progress = False
-        covariance = self._covariance_at(progress_remaining)
+        covariance = self._covariance_at(min(max(progress_remaining, 0.0), 1.0))
         self._check_shape(covariance)
         self.covariance.copy_(covariance)
         self._work_out_constants()

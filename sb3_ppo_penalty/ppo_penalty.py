@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_ppo_penalty.arguments import require, require_number, schedule_at
+from sb3_ppo_penalty.arguments import as_number, require, require_number, schedule_at
 from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
 from sb3_ppo_penalty.kl_penalty import KLPenalty
@@ -43,7 +43,8 @@ class PPOPenalty(ProximalAlgorithm):
     :param clip_range: None (default): the ratio is not clipped. A number or a schedule clips it in addition to the penalty
     :param target_kl: the divergence to aim at, in nats: 0.01, the paper's. It does not stop an update. None, which is PPO's
         default, stands for 0.01 too, so that PPO's arguments can be passed as they are. A number, or a schedule like
-        ``clip_range``, as are ``kl_min`` and ``kl_max``
+        ``clip_range``, as are ``kl_min`` and ``kl_max``; where training overshoots ``total_timesteps`` these three stay at
+        their end, while SB3 asks its own for a progress below 0
 
     It adds:
 
@@ -150,11 +151,12 @@ class PPOPenalty(ProximalAlgorithm):
         """
         Ask the schedules, and check what they answer.
 
-        :param progress: remaining, from 1 to 0
+        :param progress: remaining, from 1 to 0; below it, where training overshoots ``total_timesteps``, 0 is what counts
         :return: target, lower and upper threshold, in nats
         :raises ValueError: naming the schedule and the progress
         """
-        target, kl_min, kl_max = (self._number_at(name, progress) for name in ("target_kl", "kl_min", "kl_max"))
+        remaining = clamp(progress, (0.0, 1.0))
+        target, kl_min, kl_max = (self._number_at(name, remaining) for name in ("target_kl", "kl_min", "kl_max"))
         target = PAPER_TARGET_KL if target is None else target
         low, high = kl_thresholds(target, kl_min, kl_max)
         require(low <= high, "kl_max" if kl_min is None else "kl_min", (low, high), "such that kl_min <= kl_max")
@@ -219,8 +221,7 @@ class PPOPenalty(ProximalAlgorithm):
         figures = {"kl_coef": granted, "kl_coef_change": change, "target_kl": target, "kl_min": low, "kl_max": high}
         if report:
             figures |= {f"guard_{name}": float(figure) for name, figure in vars(report).items()}
-        for name, figure in figures.items():
-            self.logger.record(f"train/{name}", figure)
+        self._record(figures)
 
     def _wanted_kl_coef(self, reading: KLReading) -> float:
         """
@@ -233,7 +234,7 @@ class PPOPenalty(ProximalAlgorithm):
                 f"KL(old || new) is {reading.kl}: `kl_coef` stays at {reading.kl_coef:g}", RuntimeWarning, stacklevel=2
             )
             return reading.kl_coef
-        wanted = self.kl_controller(reading)
+        wanted = as_number(self.kl_controller(reading))
         require_number("kl_controller(reading)", wanted, infinite=True)
         return float(wanted)
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
@@ -275,9 +276,51 @@ def test_a_schedule_that_ends_at_zero_as_rl_zoos_do() -> None:
         assert model.logger.name_to_value["train/kl_coef_change"] == 1
 
 
+def root(progress: float) -> float:
+    """A schedule that has no value at all below 0: math.sqrt raises there."""
+    return 0.02 * math.sqrt(progress)
+
+
+@pytest.mark.parametrize(
+    "schedule", [lambda p: 0.02 * p, SimpleLinearSchedule(0.02), LinearSchedule(0.02, 0.0, 1.0), FloatSchedule(root), root]
+)
+@pytest.mark.parametrize("names", [("target_kl",), ("kl_min",), ("kl_min", "kl_max"), ("target_kl", "kl_min", "kl_max")])
+def test_schedules_rest_at_their_end_where_training_overshoots(schedule, names) -> None:
+    """100 steps in rollouts of 64: the last update is made at a remaining progress of -0.28."""
+    others = {"kl_max": 0.03} if names == ("kl_min",) else {}
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, **dict.fromkeys(names, schedule), **others)
+    model.learn(100)
+    assert model._current_progress_remaining == pytest.approx(-0.28)
+    for name in names:
+        assert model.logger.name_to_value[f"train/{name}"] == 0
+    if "target_kl" in names:
+        assert model.kl_target == 0
+    if "kl_max" in names:
+        assert model.kl_thresholds == (0, 0)
+    model.learn(100, reset_num_timesteps=False)
+
+
+def test_a_covariance_rests_at_its_end_where_training_overshoots() -> None:
+    """Stock PPO's next training begins with the progress that its last one left."""
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, policy_kwargs={"covariance": lambda p: 0.1 + 0.4 * p}).learn(100)
+    model.policy.update_covariance(model._current_progress_remaining)
+    assert model.policy.covariance.tolist() == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("number", [np.float32, np.asarray, th.tensor, lambda x: th.tensor([x]), lambda x: 1], ids=repr)
+def test_schedules_may_return_whatever_holds_one_number(number) -> None:
+    schedules = {name: lambda p: number(0.125) for name in ("learning_rate", "clip_range", "clip_range_vf", "target_kl")}
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, **schedules, kl_controller=lambda reading: number(0.125))
+    model.learn(64)
+    assert (model.kl_target, model.kl_coef, model.clip_range(0.5)) == (float(number(0.125)),) * 3
+    assert type(model.kl_target) is type(model.kl_coef) is float
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"target_kl": lambda p: th.tensor([0.1, 0.1])}, r"`target_kl\(1\)` must be a finite number at least 0, got tensor"),
+        ({"learning_rate": lambda p: np.zeros(2)}, r"`learning_rate\(1\)` must be"),
         ({"target_kl": lambda p: p - 0.5}, r"`target_kl\(0\)` must be a finite number at least 0, got -0.5"),
         ({"target_kl": lambda p: math.nan}, r"`target_kl\(1\)` must be"),
         ({"target_kl": lambda p: None}, r"`target_kl\(1\)` must be"),

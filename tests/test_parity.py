@@ -82,6 +82,23 @@ def test_early_stop_was_exercised() -> None:
     assert model._n_updates < 4 * model.n_epochs
 
 
+@pytest.mark.parametrize("number", [float, th.tensor], ids=["numbers", "tensors"])
+def test_schedules_go_below_zero_as_in_stock_ppo(number) -> None:
+    """Training overshoots, and SB3 asks its schedules for a progress of -0.28: RL Zoo's linear ones answer below 0."""
+    weights = []
+    for algorithm in (PPO, PPOClip):
+        falling = {name: lambda p: number(0.2 * p) for name in ("clip_range", "clip_range_vf")}
+        model = algorithm(
+            ActorCriticPolicy, "Pendulum-v1", **{**SMALL, "batch_size": 32}, learning_rate=lambda p: 1e-3 * p, **falling
+        )
+        model.learn(100)
+        assert model.logger.name_to_value["train/clip_range"] == pytest.approx(-0.056)
+        assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(-0.00028)
+        weights.append(model.policy.state_dict())
+    stock, ours = weights
+    assert all(th.equal(tensor, ours[name]) for name, tensor in stock.items())
+
+
 def test_continues_like_stock_ppo_after_save_and_load(tmp_path) -> None:
     """The optimizer's state comes along in the file: an update after loading is stock PPO's update after loading."""
     results = []
