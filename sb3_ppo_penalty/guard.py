@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_integer, require_number
 from sb3_ppo_penalty.distributed import Ranks
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
-from sb3_ppo_penalty.rollout import Rollout
+from sb3_ppo_penalty.rollout import Observations, Rollout
 from sb3_ppo_penalty.update import Roles, Settings, Stepper
 
 #: What may be done
@@ -126,6 +127,7 @@ class Watch:
     :param rollout: frozen
     :param settings: of the update, with ``target_kl``
     :param batch_size: of the minibatches
+    :param distribution: the policy's, for the observations of a rollout
     :param drift: how far the policy moved in the states of a rollout, or of what stands for one
     :param ranks: who train the policy, and do all of this alike
     """
@@ -138,6 +140,7 @@ class Watch:
         rollout: Rollout,
         settings: Settings,
         batch_size: int,
+        distribution: Callable[[Observations], Distribution],
         drift: Callable[[Rollout], Any],
         ranks: Ranks,
     ) -> None:
@@ -147,6 +150,7 @@ class Watch:
         self.rollout = rollout
         self.settings = settings
         self.batch_size = batch_size
+        self.distribution = distribution
         self.drift = drift
         self.ranks = ranks
         self.bound = guard.max_kl_factor * settings["target_kl"]
@@ -193,7 +197,7 @@ class Watch:
             self.report.passes = passes
             for batch in self.ranks.minibatches(self.rollout, self.batch_size, normalize=False):
                 if not self._measured(Rollout(*batch))[0] <= self.bound:
-                    new = parameters_of(self.policy.get_distribution(batch.observations))
+                    new = parameters_of(self.distribution(batch.observations))
                     descend(kl_divergence(batch.old, new).mean(), len(batch.actions))
             if self._measured(self.rollout)[0] <= self.bound:
                 return True

@@ -5,29 +5,31 @@ Nothing of sb3-contrib is repeated: the masks travel with the observations, so t
 minibatches needs to know nothing of them. The package does not import this module: sb3-contrib takes its time.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
-from sb3_contrib.common.maskable.distributions import MaskableDistribution, MaskableMultiCategoricalDistribution
-from sb3_contrib.common.maskable.policies import (
-    MaskableActorCriticCnnPolicy,
-    MaskableActorCriticPolicy,
-    MaskableMultiInputActorCriticPolicy,
-)
+from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.ppo_mask.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.divergence import ActionParameters, kl_categorical, parameters_of
 from sb3_ppo_penalty.ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.rollout import Rollout
+from sb3_ppo_penalty.rollout import Observations, Rollout
+
+SelfMaskable = TypeVar("SelfMaskable", bound="MaskablePPOPenalty")
 
 #: Under these keys an observation and the mask of its actions are kept together: none that an environment would use
 OBSERVATION, MASKS = "<observation>", "<action_masks>"
@@ -38,69 +40,22 @@ def _(distribution: MaskableMultiCategoricalDistribution) -> ActionParameters:
     return ActionParameters(kl_categorical, tuple(part.logits for part in distribution.distributions))
 
 
-class MasksInObservations(MaskableActorCriticPolicy):
-    """A policy that finds the masks beside the observations of a rollout; elsewhere it is sb3-contrib's."""
-
-    def __init__(self, *args: Any, use_sde: bool = False, **kwargs: Any) -> None:
-        # SB3's algorithms pass it to every policy and refuse it for actions that can be masked
-        super().__init__(*args, **kwargs)
-
-    def evaluate_actions(
-        self, obs: Any, actions: th.Tensor, action_masks: th.Tensor | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """
-        :param obs: observations, or a dict of them and their masks
-        :param actions: shape (batch, ...)
-        :param action_masks: where they are not in ``obs``
-        :return: value, log-probability and entropy
-        """
-        return super().evaluate_actions(*self._apart(obs, actions, action_masks=action_masks))
-
-    def get_distribution(self, obs: Any, action_masks: Any = None) -> MaskableDistribution:
-        """
-        :param obs: observations, or a dict of them and their masks
-        :param action_masks: where they are not in ``obs``
-        :return: of the actions that are allowed
-        """
-        return super().get_distribution(*self._apart(obs, action_masks=action_masks))
-
-    def _apart(self, obs: Any, *others: Any, action_masks: Any) -> tuple[Any, ...]:
-        """
-        :param obs: observations, or a dict of them and their masks
-        :param others: stand between observations and masks
-        :param action_masks: where they are not in ``obs``
-        :return: observations, the others, masks
-        """
-        if not isinstance(obs, dict) or MASKS not in obs:
-            return obs, *others, action_masks
-        several = isinstance(self.observation_space, spaces.Dict)
-        inputs = {key: value for key, value in obs.items() if key != MASKS} if several else obs[OBSERVATION]
-        return inputs, *others, obs[MASKS]
-
-
-class MlpPolicy(MasksInObservations):
-    """For array observations."""
-
-
-class CnnPolicy(MasksInObservations, MaskableActorCriticCnnPolicy):
-    """For images."""
-
-
-class MultiInputPolicy(MasksInObservations, MaskableMultiInputActorCriticPolicy):
-    """For Dict observations."""
-
-
 class MaskablePPOPenalty(PPOPenalty):
     """
     :class:`~sb3_ppo_penalty.ppo_penalty.PPOPenalty` for environments that tell which actions are allowed.
 
     Masks are asked for as by ``sb3_contrib.MaskablePPO``: a method ``action_masks`` of the environment, or its wrapper
     ``ActionMasker``. An action that is not allowed has no probability under either policy, and no part in the divergence.
-    sb3-contrib's ``evaluate_policy`` and callbacks for masked actions take these models too.
+    sb3-contrib's policies, ``evaluate_policy`` and callbacks for masked actions are used as they are; its files can be loaded.
 
-    The arguments are those of ``PPOPenalty``; ``use_sde`` has no meaning.
+    The arguments are those of ``PPOPenalty``, with two differences:
+
+    :param policy: a ``MaskableActorCriticPolicy`` of sb3-contrib, a subclass of one, or the names that ``MaskablePPO`` takes
+    :param batch_size: None stands for the whole rollout, as in ``MaskablePPO``
     """
 
+    #: What ``learn`` was told; no file holds it
+    _use_masking: bool = True
     _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
@@ -114,30 +69,91 @@ class MaskablePPOPenalty(PPOPenalty):
             self.rollout_buffer_class = MaskableDictRolloutBuffer if dicts else MaskableRolloutBuffer
         maskable = isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
         require(maskable, "env's action space", self.action_space, "Discrete, MultiDiscrete or MultiBinary")
+        batch_size: Any = self.batch_size
+        if batch_size is None:
+            self.batch_size = self.n_steps * self.n_envs
         super()._check_arguments()
 
+    def _check_policy(self) -> None:
+        policy_class = self.policy_class
+        maskable = isinstance(policy_class, type) and issubclass(policy_class, MaskableActorCriticPolicy)
+        require(maskable, "policy", policy_class, "a MaskableActorCriticPolicy of sb3-contrib, or its name")
+
+    def _policy_maker(self) -> Callable[..., Any]:
+        policy_class = self.policy_class
+
+        # SB3 tells every policy whether to explore by gSDE, for which these have no argument
+        @functools.wraps(policy_class, updated=())
+        def make(*args: Any, use_sde: bool, **kwargs: Any) -> Any:
+            return policy_class(*args, **kwargs)
+
+        return make
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_use_masking"]
+
+    def learn(  # type: ignore[override]
+        self: SelfMaskable,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        use_masking: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaskable:
+        """
+        Train, as sb3-contrib's ``MaskablePPO`` does.
+
+        :param total_timesteps: number of environment steps
+        :param callback: called at every step
+        :param log_interval: number of updates between two logs
+        :param tb_log_name: name of the run for TensorBoard; default: the class's
+        :param reset_num_timesteps: whether to count steps from zero
+        :param use_masking: False to let the policy take any action, without asking the environment for masks
+        :param progress_bar: show one (needs tqdm and rich)
+        :return: the trained model
+        """
+        self._use_masking = use_masking
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        use_masking: bool | None = None,
     ) -> bool:
         """
-        Collect as sb3-contrib's MaskablePPO does.
+        Collect as sb3-contrib's ``MaskablePPO`` does.
 
         :param env: the training environments
         :param callback: called at each step
         :param rollout_buffer: filled with the rollout
         :param n_rollout_steps: number of steps per environment
+        :param use_masking: whether the environment is asked for masks; default: as ``learn`` was told
         :return: False if the callback ended training
         """
+        env = self._seen_by(rollout_buffer, env)
+        masking = self._use_masking if use_masking is None else use_masking
         # It uses nothing that the two classes do not share
         collect: Any = MaskablePPO.collect_rollouts
         return self._ranks.collect(
-            self, callback, lambda watched: bool(collect(self, env, watched, rollout_buffer, n_rollout_steps))
+            self, callback, lambda watched: bool(collect(self, env, watched, rollout_buffer, n_rollout_steps, masking))
         )
 
+    def _unpacked(self, observations: Observations) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(observations, dict) or MASKS not in observations:
+            return observations, {}
+        several = isinstance(self.observation_space, spaces.Dict)
+        seen = {key: value for key, value in observations.items() if key != MASKS} if several else observations[OBSERVATION]
+        return seen, {"action_masks": observations[MASKS]}
+
     def _collected(self) -> Rollout:
-        buffer: Any = self.rollout_buffer
-        masks = th.as_tensor(buffer.swap_and_flatten(buffer.action_masks), device=self.device)
         rollout = super()._collected()
+        buffer: Any = self.rollout_buffer
+        masks = th.as_tensor(buffer.action_masks, device=buffer.device)
         seen = rollout.observations
         observations = seen if isinstance(seen, dict) else {OBSERVATION: seen}
         return replace(rollout, observations={**observations, MASKS: masks})

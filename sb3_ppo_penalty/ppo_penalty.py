@@ -203,8 +203,8 @@ class PPOPenalty(ProximalAlgorithm):
         if self.guard is None:
             return super()._steppers(rollout, settings)
         batch_size = min(self.batch_size, len(rollout))
-        roles, drift = self._roles(), self._measure_drift
-        watch = Watch(self.guard, self.policy, roles, rollout, settings, batch_size, drift, self._ranks)
+        roles, distribution, drift = self._roles(), self._distribution, self._measure_drift
+        watch = Watch(self.guard, self.policy, roles, rollout, settings, batch_size, distribution, drift, self._ranks)
         self._guard_report = watch.report
         return watch.steppers(self.n_epochs, lambda wanted: self._stepper(wanted, batch_size))
 

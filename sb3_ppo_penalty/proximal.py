@@ -17,6 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -43,6 +44,23 @@ def passed_on(constructor: Callable[..., None], scope: dict[str, Any]) -> dict[s
     :return: keyword arguments
     """
     return {name: scope[name] for name in inspect.signature(constructor).parameters if name != "self" and name in scope}
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """
+    Tell from its signature whether a function can be called with some arguments, others being added by name.
+
+    :param function: not called
+    :param args: by position
+    :param kwargs: by name
+    :return: whether they fit
+    """
+    parameters = inspect.signature(function)
+    try:
+        (parameters.bind if args else parameters.bind_partial)(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def one_epoch(batches: Iterable[Minibatch], step: Stepper) -> Iterator[Step]:
@@ -146,12 +164,21 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """Check the arguments, also those that ``load`` was given, and build buffer, policy and schedules."""
         self._ranks = distributed.current()
         self._check_arguments()
-        super()._setup_model()
+        policy_class = self.policy_class
+        self.policy_class = self._policy_maker()  # type: ignore[assignment]
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_class = policy_class
         if self.clip_range is not None:
             self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         self._compiler = None
+
+    def _policy_maker(self) -> Callable[..., Any]:
+        """:return: what SB3 makes the policy with."""
+        return self.policy_class
 
     def _excluded_save_params(self) -> list[str]:
         """:return: what no file holds: SB3's list, the compiled graphs, and who trained."""
@@ -201,6 +228,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             value = getattr(self, name)
             require(isinstance(value, Mapping), name, value, "a dict or None")
         self._check_schedules()
+        self._check_policy()
         self._check_rollout()
 
     def _check_max_grad_norm(self) -> None:
@@ -222,6 +250,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             schedule = getattr(self, name)
             for progress in (1.0, 0.0) if callable(schedule) else ():
                 schedule_at(name, schedule, progress, infinite=infinite)
+
+    def _check_policy(self) -> None:
+        """
+        Refuse a policy that wants more than observations and actions, as sb3-contrib's for masks and for memory do.
+
+        :raises ValueError: if the policy's class cannot be used
+        """
+        evaluate = getattr(self.policy_class, "evaluate_actions", None)
+        suits = evaluate is not None and takes(evaluate, None, None, None) and takes(self.policy_class, use_sde=False)
+        allowed = "a policy for PPO (sb3_ppo_penalty.maskable.MaskablePPOPenalty takes sb3-contrib's maskable ones)"
+        require(suits, "policy", self.policy_class, allowed)
 
     def _check_rollout(self) -> None:
         """
@@ -268,13 +307,22 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param n_rollout_steps: number of steps per environment
         :return: False if the callback ended training
         """
-        if not getattr(rollout_buffer, "bootstrap_timeouts", True):
-            env = IgnoreTimeLimits(env)
+        env = self._seen_by(rollout_buffer, env)
         if isinstance(self.policy, FixedCovarianceMixin):
             self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
         collect = super().collect_rollouts
         with self._get_compiler().acting() if self.compile else nullcontext():
             return self._ranks.collect(self, callback, lambda own: collect(env, own, rollout_buffer, n_rollout_steps))
+
+    def _seen_by(self, rollout_buffer: RolloutBuffer, env: VecEnv) -> VecEnv:
+        """
+        Hide time limits from SB3 where the buffer asks for no bootstrapping.
+
+        :param rollout_buffer: to be filled
+        :param env: the training environments
+        :return: the environments to collect from
+        """
+        return env if getattr(rollout_buffer, "bootstrap_timeouts", True) else IgnoreTimeLimits(env)
 
     def train(self) -> None:
         """Update the policy from the rollout that was just collected."""
@@ -320,7 +368,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
         self.policy.set_training_mode(False)
-        parameters = parameters_of(self.policy.get_distribution(observations))
+        parameters = parameters_of(self._distribution(observations))
         actor = reached(self.policy, [*parameters.per_state, *parameters.shared])
         critic = reached(self.policy, [self.policy.predict_values(observations)])
         self.policy.set_training_mode(True)
@@ -371,7 +419,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         rollout = self._collected()
         with self._acting():
-            parts = (parameters_of(self.policy.get_distribution(chunk.observations)) for chunk in rollout.chunks())
+            parts = (parameters_of(self._distribution(chunk.observations)) for chunk in rollout.chunks())
             return replace(rollout, old=concatenate(parts, len(rollout)))
 
     def _collected(self) -> Rollout:
@@ -419,6 +467,25 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             raise failure
         raise FloatingPointError(self._what_is_not_finite(rollout, settings)) from failure
 
+    def _unpacked(self, observations: Observations) -> tuple[Any, dict[str, Any]]:
+        """
+        Take apart what a minibatch holds in the place of observations.
+
+        :param observations: of a minibatch, or the environments' own
+        :return: what the policy takes as observations, and what it takes besides, by name
+        """
+        return observations, {}
+
+    def _distribution(self, observations: Observations) -> Distribution:
+        """
+        Ask the policy for its action distribution.
+
+        :param observations: of a minibatch, or the environments' own
+        :return: the policy's one distribution object, which its next use overwrites
+        """
+        inputs, others = self._unpacked(observations)
+        return self.policy.get_distribution(inputs, **others)
+
     def _evaluate(self, batch: Minibatch, settings: Settings) -> Terms:
         """
         The loss, from nothing but the policy and the arguments, so that it can be compiled.
@@ -427,7 +494,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param settings: of this update
         :return: the loss and its parts
         """
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
+        observations, others = self._unpacked(batch.observations)
+        values, log_prob, entropy = self.policy.evaluate_actions(observations, batch.actions, **others)
         advantages = losses.normalize_advantages(batch.advantages) if settings["normalize_advantage"] else batch.advantages
         log_ratio = log_prob - batch.old_log_prob
         surrogate, objective = self._policy_objective(batch, th.exp(log_ratio), advantages, settings)
@@ -444,7 +512,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         if type(self.policy).evaluate_actions is ActorCriticPolicy.evaluate_actions:
             return parameters_of(self.policy.action_dist)  # holds what was just evaluated: no second pass
-        return parameters_of(self.policy.get_distribution(observations))
+        return parameters_of(self._distribution(observations))
 
     def _policy_objective(
         self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
@@ -498,7 +566,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
 
         def of(chunk: Minibatch) -> tuple[th.Tensor, th.Tensor]:
-            distribution = self.policy.get_distribution(chunk.observations)
+            distribution = self._distribution(chunk.observations)
             kl = kl_divergence(chunk.old, parameters_of(distribution))
             return kl, distribution.log_prob(chunk.actions) - chunk.old_log_prob
 

@@ -171,7 +171,10 @@ def _flatten(buffer: RolloutBuffer) -> None:
         buffer.observations.update({key: buffer.swap_and_flatten(array) for key, array in buffer.observations.items()})
     else:
         buffer.observations = buffer.swap_and_flatten(buffer.observations)
-    for name in ("actions", "values", "log_probs", "advantages", "returns"):
+    names = ["actions", "values", "log_probs", "advantages", "returns"]
+    # sb3-contrib's, whose own `get` has to find them as flat as the rest
+    names += ["action_masks"] if hasattr(buffer, "action_masks") else []
+    for name in names:
         setattr(buffer, name, buffer.swap_and_flatten(getattr(buffer, name)))
     buffer.generator_ready = True
 

@@ -72,6 +72,15 @@ EARLIER = {
         ("sb3_ppo_penalty.rollout", f"For ``rollout_buffer_class``, where observations are {kind}"): f"sb3_ppo_penalty.{name}"
         for kind, name in (("arrays", "RewardToGoRolloutBuffer"), ("dicts", "RewardToGoDictRolloutBuffer"))
     },
+    # Those of masked actions, which were sb3-contrib's but for where they looked for the masks
+    **{
+        ("sb3_ppo_penalty.maskable", f"For {kind}."): f"sb3_contrib.common.maskable.policies.{name}"
+        for kind, name in (
+            ("array observations", "MaskableActorCriticPolicy"),
+            ("images", "MaskableActorCriticCnnPolicy"),
+            ("Dict observations", "MaskableMultiInputActorCriticPolicy"),
+        )
+    },
 }
 #: How Python prints an instance's class; the module between package and class may have moved since
 OWN_CLASS = re.compile(r"<class 'sb3_ppo_penalty\.(?:\w+\.)*(\w+)'>")
@@ -117,7 +126,7 @@ def load_safe(
         raise TypeError(f"{cls.__name__}.load_safe() has no argument {unknown}")
     saved = read_model(path, max_bytes)
     with refusing("data"):
-        arguments = {**_arguments(saved.entries, names - IGNORED - given.keys()), **given}
+        arguments = {**_arguments(cls, saved.entries, names - IGNORED - given.keys()), **given}
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
     with refusing("data and the arguments passed" if given else "data", Warning):
@@ -134,15 +143,18 @@ def load_safe(
     return model
 
 
-def _arguments(entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
+def _arguments(cls: type[OnPolicyAlgorithm], entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """
+    :param cls: the algorithm, which knows policies and buffers besides those that are known here
     :param entries: of the file
     :param names: of the arguments that come from there
     :return: arguments of the types that the algorithm checks the ranges of
     """
+    policies: list[type] = list(dict.fromkeys([*POLICIES, *cls.policy_aliases.values()]))
+    buffers: list[type] = list(dict.fromkeys([*BUFFERS, *getattr(cls, "_rollout_buffer_classes", ())]))
     readers: dict[str, Callable[[str, Any], Any]] = {
-        "policy": lambda entry, value: _class_among(POLICIES, entry, value),
-        "rollout_buffer_class": lambda entry, value: value and _class_among(BUFFERS, entry, value),
+        "policy": lambda entry, value: _class_among(policies, entry, value),
+        "rollout_buffer_class": lambda entry, value: value and _class_among(buffers, entry, value),
         "rollout_buffer_kwargs": _nothing,
         "policy_kwargs": _policy_kwargs,
         **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "target_kl", "kl_min", "kl_max"), _schedule),

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 
 import sb3_ppo_penalty
 from sb3_ppo_penalty import (
@@ -24,10 +25,15 @@ from sb3_ppo_penalty import (
     UnsafeFileError,
     resume,
 )
+from sb3_ppo_penalty.maskable import MaskablePPOPenalty
 from sb3_ppo_penalty.safe_load import BUFFERS, OBJECTS, POLICIES
 
 DATA = Path(__file__).parent / "data"
 STATE = np.array([0.5, -0.5, 1.0], dtype=np.float32)
+
+
+def masked_env() -> gym.Env:
+    return InvalidActionEnvDiscrete(dim=3, n_invalid_actions=1)
 
 
 def pendulum() -> gym.Env:
@@ -39,6 +45,7 @@ FILES: dict[str, tuple[Any, ...]] = {
     "penalty": (PPOPenalty, pendulum, 0.25, 0.01115318, -2.7519228433957323),
     "penalty_options": (PPOPenalty, pendulum, 0.6703198237933976, 0.00794842, -2.7441435390646802),
     "clip": (PPOClip, pendulum, None, 0.00688864, -2.7456401292656665),
+    "masked": (MaskablePPOPenalty, masked_env, 0.25, 0, 1.2404732829309069),
     "checkpoint_16_steps": (PPOPenalty, pendulum, 0.25, 0.01066197, None),
 }
 
@@ -47,7 +54,8 @@ def assert_is_as_saved(model: Any, name: str) -> None:
     _, _, kl_coef, action, weights = FILES[name]
     assert (model.num_timesteps, model.n_steps, model.seed) == (16, 8, 0)
     assert getattr(model, "kl_coef", None) == kl_coef
-    assert model.predict(STATE, deterministic=True)[0] == pytest.approx(action, abs=1e-7)
+    state = 2 if name == "masked" else STATE
+    assert model.predict(state, deterministic=True)[0] == pytest.approx(action, abs=1e-7)
     total = sum(weight.double().sum().item() for weight in model.policy.parameters())
     assert weights is None or total == pytest.approx(weights, abs=1e-6)
     if name == "penalty_options":
@@ -58,7 +66,8 @@ def assert_is_as_saved(model: Any, name: str) -> None:
         assert model.kl_controller.mean == pytest.approx(-0.18999162327790708)
     if name == "clip":
         assert model.rollout_buffer_class is RewardToGoRolloutBuffer
-    assert type(model.policy) is MlpPolicy
+    if name != "masked":
+        assert type(model.policy) is MlpPolicy
 
 
 @pytest.mark.parametrize("name", FILES)
