@@ -7,11 +7,9 @@ minibatches needs to know nothing of them. The package does not import this modu
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
@@ -27,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.divergence import ActionParameters, kl_categorical, parameters_of
 from sb3_ppo_penalty.ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.rollout import Observations, Rollout
+from sb3_ppo_penalty.rollout import Observations, as_tensor
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskablePPOPenalty")
 
@@ -150,13 +148,9 @@ class MaskablePPOPenalty(PPOPenalty):
         seen = {key: value for key, value in observations.items() if key != MASKS} if several else observations[OBSERVATION]
         return seen, {"action_masks": observations[MASKS]}
 
-    def _collected(self) -> Rollout:
-        rollout = super()._collected()
-        buffer: Any = self.rollout_buffer
-        masks = th.as_tensor(buffer.action_masks, device=buffer.device)
-        seen = rollout.observations
-        observations = seen if isinstance(seen, dict) else {OBSERVATION: seen}
-        return replace(rollout, observations={**observations, MASKS: masks})
+    def _observed(self, observations: Observations, source: Any) -> Observations:
+        masks = as_tensor(source.action_masks, self.rollout_buffer.device)
+        return {**(observations if isinstance(observations, dict) else {OBSERVATION: observations}), MASKS: masks}
 
     def predict(
         self,

@@ -29,8 +29,16 @@ from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, r
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, filled, kl_divergence, parameters_of
 from sb3_ppo_penalty.losses import Drift
 from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
-from sb3_ppo_penalty.rollout import IgnoreTimeLimits, Minibatch, Observations, Rollout
-from sb3_ppo_penalty.update import Roles, Settings, Step, Stepper, Terms, minibatch_mean, reached
+from sb3_ppo_penalty.rollout import (
+    IgnoreTimeLimits,
+    Minibatch,
+    Observations,
+    Rollout,
+    SampledRollout,
+    draws_rows,
+    flat_copy,
+)
+from sb3_ppo_penalty.update import Roles, Settings, Step, Stepper, Terms, as_of_now, minibatch_mean, reached
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
 
@@ -264,14 +272,13 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _check_rollout(self) -> None:
         """
-        :raises ValueError: for a rollout that cannot be normalised or a buffer whose samples would be passed over
+        :raises ValueError: for a rollout that cannot be normalised or a buffer that cannot be used
         """
-        buffer_class = RolloutBuffer if self.rollout_buffer_class is None else self.rollout_buffer_class
-        names = ("get", "_get_samples")
-        known = [[getattr(each, name) for each in self._rollout_buffer_classes] for name in names]
-        plain = all(getattr(buffer_class, name, None) in own for name, own in zip(names, known, strict=True))
-        allowed = "a RolloutBuffer with SB3's own `get` and `_get_samples`: minibatches are cut from its arrays"
-        require(plain, "rollout_buffer_class", buffer_class, allowed)
+        buffer_class = self._rollout_buffer_classes[0] if self.rollout_buffer_class is None else self.rollout_buffer_class
+        known = isinstance(buffer_class, type) and issubclass(buffer_class, self._rollout_buffer_classes)
+        names = " or ".join(each.__name__ for each in self._rollout_buffer_classes)
+        require(known, "rollout_buffer_class", buffer_class, f"a {names}")
+        self._check_sampling("rollout_buffer_class", buffer_class)
         dicts = isinstance(self.observation_space, spaces.Dict)
         suits = self.rollout_buffer_class is None or issubclass(buffer_class, DictRolloutBuffer) == dicts
         require(suits, "rollout_buffer_class", buffer_class, f"for {'Dict' if dicts else 'array'} observations")
@@ -285,6 +292,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
                 f"`batch_size` = {self.batch_size}",
                 stacklevel=2,
             )
+
+    def _check_sampling(self, name: str, buffer: RolloutBuffer | type[RolloutBuffer]) -> None:
+        """
+        Refuse minibatches that a buffer draws by itself where all ranks have to make as many of the same transitions.
+
+        :param name: under which the user gave it
+        :param buffer: to be used, or its class
+        :raises ValueError: naming it
+        """
+        allowed = "one with SB3's own `get` and `_get_samples` on several ranks, which cut their minibatches together"
+        require(self._ranks.size == 1 or draws_rows(buffer, self._rollout_buffer_classes), name, buffer, allowed)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = "ActorCriticPolicy") -> None:
         """
@@ -417,16 +435,53 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         :return: the rollout on the device with the distributions of the policy that collected it
         """
-        rollout = self._collected()
+        buffer = self.rollout_buffer
+        self._check_sampling("rollout_buffer", buffer)
+        if draws_rows(buffer, self._rollout_buffer_classes):
+            return self._frozen(buffer)
+        if self.compile and self._get_compiler().refusal is None:
+            self._get_compiler().refuse("the rollout buffer has a `get` of its own, whose minibatches may differ in kind")
+        rollout = self._frozen(flat_copy(buffer))
+        old = as_of_now(self.policy, lambda observations: parameters_of(self._distribution(observations)))
+        return SampledRollout(*rollout.whole, samples=buffer.get, minibatch=lambda sample: self._minibatch(sample, old))
+
+    def _frozen(self, buffer: RolloutBuffer) -> Rollout:
+        """
+        Freeze what a buffer's arrays hold.
+
+        :param buffer: full
+        :return: see :meth:`_freeze_rollout`
+        """
+        rollout = Rollout.of(buffer)
+        rollout = replace(rollout, observations=self._observed(rollout.observations, buffer))
         with self._acting():
             parts = (parameters_of(self._distribution(chunk.observations)) for chunk in rollout.chunks())
             return replace(rollout, old=concatenate(parts, len(rollout)))
 
-    def _collected(self) -> Rollout:
+    def _minibatch(self, sample: Any, old: Callable[[Observations], ActionParameters]) -> Minibatch:
         """
-        :return: the rollout on the device
+        Take over a minibatch that a buffer has drawn.
+
+        :param sample: SB3's ``RolloutBufferSamples``, or what stands for them
+        :param old: asks the policy that acted
+        :return: with the distributions of the policy that acted
         """
-        return Rollout.of(self.rollout_buffer)
+        actions = sample.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else sample.actions
+        observations = self._observed(sample.observations, sample)
+        with self._acting():
+            frozen = old(observations)
+        columns = (sample.old_values, sample.old_log_prob, sample.advantages, sample.returns)
+        return Minibatch(observations, actions, *columns, frozen)
+
+    def _observed(self, observations: Observations, source: Any) -> Observations:
+        """
+        Join to the observations what a minibatch needs besides; :meth:`_unpacked` takes it apart.
+
+        :param observations: of a rollout or of a minibatch
+        :param source: the buffer, flattened, or the sample that they come from
+        :return: in the place of the observations
+        """
+        return observations
 
     @contextmanager
     def _acting(self) -> Iterator[None]:
@@ -657,6 +712,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param total_timesteps: at the end of training
         :return: what has to be the same on all ranks, by name
         """
+        self._check_sampling("rollout_buffer", self.rollout_buffer)
         names = ("num_timesteps", "n_epochs", "normalize_advantage", "gamma", "gae_lambda", "compile")
         own = {name: getattr(self, name) for name in names}
         rate = self.lr_schedule(self._current_progress_remaining)

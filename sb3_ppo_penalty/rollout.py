@@ -1,7 +1,8 @@
 """The filled SB3 buffer as one set of tensors on the device, and the document's reward-to-go buffer."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,6 +20,26 @@ CHUNK_BYTES = 8 * 2**20
 SHUFFLED_BYTES = 32 * 2**20
 #: However small the observations are: the networks' activations take memory too
 CHUNK_ROWS = 4096
+
+
+#: What SB3's buffers make minibatches with
+SAMPLING = ("get", "_get_samples", "swap_and_flatten", "to_torch")
+
+
+def draws_rows(buffer: RolloutBuffer | type[RolloutBuffer], plain: Sequence[type[RolloutBuffer]]) -> bool:
+    """
+    Tell whether a buffer's minibatches are rows of its arrays in a random order, as those of SB3's buffers are.
+
+    :param buffer: a buffer, or the class of one
+    :param plain: classes whose minibatches are just that
+    :return: False if ``get`` or something that it calls is the buffer's own
+    """
+
+    def method(owner: Any, name: str) -> Any:
+        found = getattr(owner, name, None)
+        return getattr(found, "__func__", found)
+
+    return all(method(buffer, name) in [method(each, name) for each in plain] for name in SAMPLING)
 
 
 class Minibatch(NamedTuple):
@@ -95,20 +116,23 @@ class Rollout:
         :raises RuntimeError: if the buffer is not full
         """
         if not buffer.full:
-            raise RuntimeError("there is no full rollout to learn from: `train` is called by `learn`, after it has collected")
+            raise RuntimeError(
+                f"there is no full rollout to learn from ({buffer.pos} of {buffer.buffer_size} steps): `train` is called by "
+                "`learn`, after it has collected `n_steps`, which have to fill the buffer"
+            )
         _flatten(buffer)
         device = buffer.device
         observations = (
-            {key: th.as_tensor(array, device=device) for key, array in buffer.observations.items()}
+            {key: as_tensor(array, device) for key, array in buffer.observations.items()}
             if isinstance(buffer.observations, dict)
-            else th.as_tensor(buffer.observations, device=device)
+            else as_tensor(buffer.observations, device)
         )
         # float32 like SB3's samples: a Bernoulli's log-probability does not take int8
-        actions = th.as_tensor(buffer.actions.astype(np.float32, copy=False), device=device)
+        actions = as_tensor(buffer.actions, device).float()
         if isinstance(buffer.action_space, spaces.Discrete):
             actions = actions.long().flatten()
         columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
-        values, log_probs, advantages, returns = (th.as_tensor(array, device=device).flatten() for array in columns)
+        values, log_probs, advantages, returns = (as_tensor(array, device).flatten() for array in columns)
         return cls(observations, actions, values, log_probs, advantages, returns)
 
     def __len__(self) -> int:
@@ -118,7 +142,7 @@ class Rollout:
     @property
     def whole(self) -> Minibatch:
         """All transitions."""
-        return Minibatch(*(getattr(self, field.name) for field in fields(self)))
+        return Minibatch(*(getattr(self, name) for name in Minibatch._fields))
 
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """
@@ -159,6 +183,58 @@ class Rollout:
             yield whole.with_columns(columns)
 
 
+@dataclass(frozen=True)
+class SampledRollout(Rollout):
+    """
+    A rollout whose buffer makes the minibatches by a ``get`` of its own.
+
+    Where the policy moved is still measured in the states of the buffer's arrays, those that the policy acted in.
+
+    :param samples: the buffer's ``get``
+    :param minibatch: makes a :class:`Minibatch` of what that gives
+    """
+
+    samples: Callable[[int], Iterator[Any]] = field(kw_only=True)
+    minibatch: Callable[[Any], Minibatch] = field(kw_only=True)
+
+    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
+        """
+        Ask the buffer for the minibatches of an epoch.
+
+        :param batch_size: handed on to the buffer
+        :raises RuntimeError: if there are none
+        """
+        sampled = None
+        for sampled in self.samples(batch_size):
+            yield self.minibatch(sampled)
+        if sampled is None:
+            raise RuntimeError("the `get` of the rollout buffer gave no minibatch")
+
+
+def as_tensor(array: Any, device: th.device | str) -> th.Tensor:
+    """
+    Bring an array to a device.
+
+    :param array: an array or a tensor
+    :param device: where to
+    :return: on the CPU in the same memory, unless torch cannot write to it there or cannot follow its strides
+    """
+    array = array if isinstance(array, th.Tensor) else np.require(array, requirements=["C", "W"])
+    return th.as_tensor(array, device=device)
+
+
+def flat_copy(buffer: RolloutBuffer) -> RolloutBuffer:
+    """
+    Flatten a buffer's arrays and leave the buffer as it is, so that its own ``get`` finds what it expects.
+
+    :param buffer: full
+    :return: a buffer with the same attributes but for the arrays that :meth:`Rollout.of` reads
+    """
+    copied = copy.copy(buffer)
+    _flatten(copied)
+    return copied
+
+
 def _flatten(buffer: RolloutBuffer) -> None:
     """
     Bring a buffer's arrays from (n_steps, n_envs, ...) to (n_steps * n_envs, ...), once per rollout.
@@ -167,10 +243,10 @@ def _flatten(buffer: RolloutBuffer) -> None:
     """
     if buffer.generator_ready:
         return
-    if isinstance(buffer.observations, dict):
-        buffer.observations.update({key: buffer.swap_and_flatten(array) for key, array in buffer.observations.items()})
-    else:
-        buffer.observations = buffer.swap_and_flatten(buffer.observations)
+    arrays: Any = buffer.observations
+    several = isinstance(arrays, dict)
+    flat = {key: buffer.swap_and_flatten(array) for key, array in (arrays if several else {"": arrays}).items()}
+    buffer.observations = flat if several else flat[""]  # type: ignore[assignment]
     names = ["actions", "values", "log_probs", "advantages", "returns"]
     # sb3-contrib's, whose own `get` has to find them as flat as the rest
     names += ["action_masks"] if hasattr(buffer, "action_masks") else []

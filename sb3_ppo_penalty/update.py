@@ -1,7 +1,8 @@
 """One step of the optimizer on one minibatch, operation by operation; ``compiled`` has the same step as one graph."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -9,6 +10,8 @@ from torch import nn
 
 from sb3_ppo_penalty.losses import k3_estimate
 from sb3_ppo_penalty.rollout import Minibatch
+
+Answer = TypeVar("Answer")
 
 #: What a loss depends on besides the weights and the minibatch. Floats may change from update to update; any other value
 #: shapes the computation: a compiled graph is made for each
@@ -100,6 +103,49 @@ def reached(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
     sums = [output.sum() for output in outputs if output.requires_grad]
     gradients = th.autograd.grad(sums, list(weights.values()), allow_unused=True)
     return tuple(name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None)
+
+
+class _Question(nn.Module):
+    """
+    Something asked of a policy, as a module, whose weights :func:`torch.func.functional_call` can exchange.
+
+    :param policy: that is asked
+    :param ask: uses the policy
+    """
+
+    def __init__(self, policy: nn.Module, ask: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.ask = ask
+
+    def forward(self, observations: Any) -> Any:
+        """
+        :param observations: see the class
+        :return: the policy's answer
+        """
+        return self.ask(observations)
+
+
+def as_of_now(policy: nn.Module, ask: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """
+    Keep a policy's weights of this moment, to ask it later what it would have answered now.
+
+    :param policy: that moves afterwards
+    :param ask: asks it about observations
+    :return: asks it with the weights that are kept, without gradient
+    """
+    question = _Question(policy, ask)
+    saved = policy.state_dict().keys()
+    tensors = itertools.chain(policy.named_parameters(), policy.named_buffers())
+    # What no file has follows from the rest, and is compared by identity
+    kept = {f"policy.{name}": tensor.detach().clone() for name, tensor in tensors if name in saved}
+
+    @th.no_grad()
+    def answer(observations: Any) -> Answer:
+        answered: Answer = th.func.functional_call(question, kept, (observations,))
+        return answered
+
+    return answer
 
 
 def clipped_together(names: Iterable[str], settings: Settings) -> list[tuple[list[str], Any]]:

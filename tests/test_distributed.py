@@ -21,6 +21,7 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -422,8 +423,14 @@ def unlike(ranks: Ranks, folder: Path) -> dict[str, Any]:
         def _on_step(self) -> bool:
             return True
 
-    model = PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL)
+    class OwnGet(RolloutBuffer):
+        def get(self, batch_size: int | None = None) -> Any:
+            yield from super().get(batch_size)
+
+    model, assigned = (PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL) for _ in range(2))
+    assigned.rollout_buffer = OwnGet(32, model.observation_space, model.action_space, "cpu")
     return {
+        "buffer": [learn(rollout_buffer_class=OwnGet), outcome_of(lambda: assigned.learn(64))],
         "n_epochs": learn(n_epochs=2 + ranks.rank),
         "kl_coef": learn(kl_coef=1.0 + ranks.rank),
         "n_steps": learn(n_steps=4, batch_size=2) if ranks.leads else learn(n_steps=64, batch_size=2),
@@ -542,6 +549,10 @@ def test_ranks_that_do_not_fit_together_are_told_so(two: Two) -> None:
         assert each["n_epochs"] == "ArgumentError: `n_epochs` must be the same on all ranks, got ['2', '3']"
         assert each["kl_coef"] == "ArgumentError: `kl_coef` must be the same on all ranks, got ['1.0', '2.0']"
         assert "`kl_penalty` must be one with `per_state=True` on several ranks" in each["cutoff"]
+        for name, message in zip(("rollout_buffer_class", "rollout_buffer"), each["buffer"], strict=True):
+            assert message.startswith(
+                f"ArgumentError: `{name}` must be one with SB3's own `get` and `_get_samples` on several"
+            )
         assert "ranks hold different weights" in each["meddled"]
         assert each["meddled"].startswith("RankError")
         assert each["n_steps"].startswith("ArgumentError: `batch_size` must be such that every rank has a transition for each")

@@ -295,3 +295,40 @@ def test_policies_that_want_more_than_observations_are_refused(algorithm, policy
 def test_policies_without_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="`policy` must be a MaskableActorCriticPolicy"):
         MaskablePPOPenalty(ActorCriticPolicy, env_with(0), **SMALL)
+
+
+class Tempered(MaskableRolloutBuffer):
+    """Somebody's own: half the advantages."""
+
+    def _get_samples(self, batch_inds, env=None):
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(advantages=0.5 * samples.advantages)
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_buffer_with_minibatches_of_its_own(assigned: bool) -> None:
+    """Normalised advantages do not tell that they were halved: what is left is another way to the same minibatches."""
+    models = []
+    for own in (False, True):
+        buffer = Tempered if own and not assigned else None
+        model = MaskablePPOPenalty("MlpPolicy", env_with(3), **SMALL, kl_coef=20.0, rollout_buffer_class=buffer)
+        if own and assigned:
+            known = model.rollout_buffer
+            shape = {"gae_lambda": known.gae_lambda, "gamma": known.gamma}
+            model.rollout_buffer = Tempered(64, model.observation_space, model.action_space, known.device, **shape)
+        models.append(model.learn(128))
+    for ours, theirs in zip(*(model.policy.parameters() for model in models), strict=True):
+        th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    figures = [model.logger.name_to_value["train/kl"] for model in models]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+    halved = MaskablePPOPenalty("MlpPolicy", env_with(3), **SMALL, normalize_advantage=False, rollout_buffer_class=Tempered)
+    whole = MaskablePPOPenalty("MlpPolicy", env_with(3), **SMALL, normalize_advantage=False)
+    weights = [next(model.learn(64).policy.parameters()) for model in (halved, whole)]
+    assert not th.allclose(*weights, rtol=1e-3)
+
+
+def test_buffers_without_masks_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="`rollout_buffer_class` must be a MaskableRolloutBuffer or MaskableDict"
+    ):
+        MaskablePPOPenalty("MlpPolicy", env_with(3), **SMALL, rollout_buffer_class=RewardToGoRolloutBuffer)

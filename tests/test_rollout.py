@@ -1,13 +1,20 @@
 """The rollout on the device: the same minibatches as SB3's buffer, the frozen distributions beside them, bounded passes."""
 
+import io
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty, rollout
 from sb3_ppo_penalty.rollout import IgnoreTimeLimits, RewardToGoRolloutBuffer, Rollout
@@ -130,10 +137,273 @@ def test_train_without_a_rollout_says_so() -> None:
         model.train()
 
 
-def test_buffer_with_samples_of_its_own_is_refused() -> None:
-    class Augmented(RolloutBuffer):
-        def _get_samples(self, batch_inds, env=None):
-            return super()._get_samples(batch_inds, env)
+# Buffers whose minibatches are their own, as SB3 lets them be
 
-    with pytest.raises(ValueError, match="rollout_buffer_class"):
-        PPOClip("MlpPolicy", "Pendulum-v1", rollout_buffer_class=Augmented)
+
+class Mirrored(RolloutBuffer):
+    """Every minibatch twice, the second time seen in a mirror, and on every second epoch only half of the rollout."""
+
+    epochs = 0
+
+    def get(self, batch_size=None):
+        self.epochs += 1
+        for number, batch in enumerate(super().get(batch_size)):
+            if self.epochs % 2 or number < 2:
+                yield batch
+                yield batch._replace(observations=-batch.observations)
+
+
+class Halved(RolloutBuffer):
+    """Smaller advantages, from an array of its own that only its ``get`` flattens."""
+
+    def compute_returns_and_advantage(self, last_values, dones) -> None:
+        super().compute_returns_and_advantage(last_values, dones)
+        self.factors = np.full_like(self.advantages, 0.5)
+
+    def get(self, batch_size=None):
+        if not self.generator_ready:
+            self.factors = self.swap_and_flatten(self.factors)
+        yield from super().get(batch_size)
+
+    def _get_samples(self, batch_inds, env=None):
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(advantages=samples.advantages * self.to_torch(self.factors[batch_inds].flatten()))
+
+
+class Rounded(RolloutBuffer):
+    """Numbers of fewer digits on the device."""
+
+    def to_torch(self, array, copy=True):
+        return super().to_torch(array, copy).half().float()
+
+
+class HalvedDicts(Halved, DictRolloutBuffer):
+    """The same for observations in dicts."""
+
+
+class TwoBoxes(gym.Env):
+    """Dict observations, continuous actions, an end by a time limit."""
+
+    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (3,)), "b": spaces.Box(-1, 1, (2,))})
+    action_space = spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        self.random, self.steps = np.random.default_rng(0 if seed is None else seed), 0
+        return self.seen(), {}
+
+    def seen(self):
+        return {"a": self.random.random(3, dtype=np.float32), "b": self.random.random(2, dtype=np.float32)}
+
+    def step(self, action):
+        self.steps += 1
+        return self.seen(), float(self.random.normal()), False, self.steps % 5 == 0, {}
+
+
+OWN = {
+    "get": (Mirrored, "Pendulum-v1"),
+    "samples": (Halved, "Pendulum-v1"),
+    "tensors": (Rounded, "Pendulum-v1"),
+    "Discrete": (Halved, "CartPole-v1"),
+    "Dict": (HalvedDicts, TwoBoxes),
+    "several environments": (Halved, lambda: DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2)),
+}
+
+
+def trained(algorithm, name: str, assigned: bool = False, policy=None, callback=None, **arguments):
+    buffer, env = OWN[name]
+    policy = policy or (MultiInputActorCriticPolicy if name == "Dict" else ActorCriticPolicy)
+    given = {} if assigned else {"rollout_buffer_class": buffer}
+    env = env if isinstance(env, str) else env()
+    model = algorithm(policy, env, n_steps=48, batch_size=16, n_epochs=3, seed=0, **given, **arguments)
+    if assigned:
+        known = model.rollout_buffer
+        model.rollout_buffer = buffer(
+            *(48, model.observation_space, model.action_space, known.device),
+            gae_lambda=known.gae_lambda,
+            gamma=known.gamma,
+            n_envs=known.n_envs,
+        )
+    return model.learn(96 * model.n_envs, callback=callback)
+
+
+def assert_same(one, other) -> None:
+    for name, tensor in one.policy.state_dict().items():
+        assert th.equal(tensor, other.policy.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_buffer_with_minibatches_of_its_own_is_asked_for_them_as_by_sb3(name: str, assigned: bool) -> None:
+    assert_same(trained(PPO, name, assigned), trained(PPOClip, name, assigned))
+
+
+def test_method_of_one_buffer_is_asked_too() -> None:
+    models = []
+    for algorithm in (PPO, PPOClip):
+        model = algorithm(ActorCriticPolicy, "Pendulum-v1", n_steps=48, batch_size=16, n_epochs=2, seed=0)
+        usual = model.rollout_buffer.get
+        model.rollout_buffer.get = lambda batch_size, usual=usual: itertools.islice(usual(batch_size), 2)
+        models.append(model.learn(96))
+    assert_same(*models)
+
+
+class Passed(RolloutBuffer):
+    """Another ``get`` that gives the same."""
+
+    def get(self, batch_size=None):
+        yield from super().get(batch_size)
+
+
+class PassedDicts(Passed, DictRolloutBuffer):
+    """The same for observations in dicts."""
+
+
+@pytest.mark.parametrize("guard", [None, {"action": "fixup", "max_kl_factor": 0.2}])
+@pytest.mark.parametrize(
+    ("policy", "env", "arguments"),
+    [
+        ("MlpPolicy", "Pendulum-v1", {"policy_kwargs": {"covariance": [0.3]}}),
+        ("MlpPolicy", "Pendulum-v1", {"policy_kwargs": {"learn_covariance": True}}),
+        (ActorCriticPolicy, "Pendulum-v1", {"use_sde": True}),
+        ("MlpPolicy", "CartPole-v1", {}),
+        (
+            "MultiInputPolicy",
+            TwoBoxes,
+            {"policy_kwargs": {"share_features_extractor": False, "covariance": np.eye(2).tolist()}},
+        ),
+        ("MultiInputPolicy", TwoBoxes, {"kl_penalty": "new_old"}),
+    ],
+)
+def test_penalty_is_on_the_policy_that_acted(policy, env, arguments, guard) -> None:
+    """The old distributions are worked out minibatch by minibatch instead of beforehand, and are the same."""
+    models = []
+    for own in (False, True):
+        buffer = {True: PassedDicts if policy == "MultiInputPolicy" else Passed, False: None}[own]
+        made = env if isinstance(env, str) else env()
+        common = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 0, "kl_coef": 50.0, "learning_rate": 1e-3}
+        model = PPOPenalty(policy, made, **common, rollout_buffer_class=buffer, guard=guard, **arguments)
+        models.append(model.learn(96))
+    for name, tensor in models[0].policy.state_dict().items():
+        th.testing.assert_close(models[1].policy.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    figures = [model.logger.name_to_value for model in models]
+    for name in ("train/kl", "train/kl_max_state", "train/loss", "train/explained_variance"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-3, abs=1e-6), name
+
+
+class Normed(nn.Module):
+    """Dropout and a batch norm, which acting leaves alone and training moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(64), nn.Dropout(0.5)
+
+    def forward(self, values):
+        return self.drop(self.norm(values).tanh())
+
+
+def test_old_distribution_is_the_acting_one_with_dropout_and_batch_norm() -> None:
+    model = trained(PPOPenalty, "get", policy="MlpPolicy", policy_kwargs={"activation_fn": Normed}, learning_rate=1e-3)
+    assert model.logger.name_to_value["train/kl"] > 0
+    sample = next(model.rollout_buffer.get(16))
+    frozen = model._freeze_rollout()
+    model.policy.set_training_mode(False)
+    with th.no_grad():
+        before = model.policy.get_distribution(sample.observations).mode()
+        for tensor in (*model.policy.parameters(), *model.policy.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.1)
+    th.testing.assert_close(frozen.minibatch(sample).old.per_state[0], before, rtol=1e-5, atol=1e-6)
+
+
+def test_without_any_minibatch_it_says_so() -> None:
+    class Empty(RolloutBuffer):
+        def get(self, batch_size=None):
+            return iter(())
+
+    model = PPOClip("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=8, rollout_buffer_class=Empty)
+    with pytest.raises(RuntimeError, match="`get` of the rollout buffer gave no minibatch"):
+        model.learn(16)
+
+
+def test_compiled_training_goes_on_eagerly_and_says_why() -> None:
+    with pytest.warns(RuntimeWarning, match="`compile=True` has no effect.*the rollout buffer has a `get` of its own"):
+        compiled = trained(PPOPenalty, "samples", compile=True)
+    for name, tensor in trained(PPOPenalty, "samples").policy.state_dict().items():
+        th.testing.assert_close(compiled.policy.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [24, 96])
+def test_buffer_of_another_size_than_the_rollout(size: int) -> None:
+    """More steps than the buffer holds are SB3's to refuse; fewer leave it without a rollout."""
+    model = PPOClip("MlpPolicy", "Pendulum-v1", n_steps=48, batch_size=16)
+    model.rollout_buffer = RolloutBuffer(size, model.observation_space, model.action_space, "cpu")
+    with pytest.raises(IndexError if size < 48 else RuntimeError, match=r"out of bounds|\(48 of 96 steps\)"):
+        model.learn(48)
+
+
+# Callbacks that change what was collected
+
+
+class Changing(BaseCallback):
+    """Shapes rewards and advantages at the end of a rollout, as users do, in arrays of any kind."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        buffer.advantages = (buffer.advantages - buffer.rewards * 0.1)[::-1]  # strides below 0
+        buffer.returns = np.broadcast_to(buffer.returns.mean(), buffer.returns.shape)  # not writable
+        buffer.observations = np.asfortranarray(buffer.observations.astype(np.float64)).astype(np.float32)
+
+
+class HalfWay(BaseCallback):
+    """Draws some minibatches itself."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for batch in self.model.rollout_buffer.get(16):
+            assert len(batch.actions) == 16
+            break
+
+
+@pytest.mark.parametrize("callback", [Changing, HalfWay])
+@pytest.mark.parametrize("environments", [1, 2])
+def test_what_a_callback_made_of_the_rollout_is_learned_from(callback: type, environments: int) -> None:
+    models = []
+    for algorithm in (PPO, PPOClip):
+        env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * environments)
+        model = algorithm(ActorCriticPolicy, env, n_steps=48, batch_size=16, n_epochs=2, seed=0)
+        models.append(model.learn(96 * environments, callback=callback()))
+    assert_same(*models)
+
+
+def test_buffer_keeps_more_than_minibatches_need() -> None:
+    """Intrinsic rewards, say: an array more, an argument more, and SB3's own minibatches."""
+
+    class Curious(RolloutBuffer):
+        def __init__(self, *args, weight: float, **kwargs) -> None:
+            self.weight = weight
+            super().__init__(*args, **kwargs)
+
+        def reset(self) -> None:
+            super().reset()
+            self.intrinsic = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+
+        def compute_returns_and_advantage(self, last_values, dones) -> None:
+            self.intrinsic[:] = np.abs(self.observations[..., 2])
+            self.rewards += self.weight * self.intrinsic
+            super().compute_returns_and_advantage(last_values, dones)
+
+    given = {"rollout_buffer_class": Curious, "rollout_buffer_kwargs": {"weight": 0.5}}
+    models = [
+        algorithm(ActorCriticPolicy, "Pendulum-v1", n_steps=48, batch_size=16, n_epochs=2, seed=0, **given).learn(96)
+        for algorithm in (PPO, PPOClip)
+    ]
+    assert_same(*models)
+    file = io.BytesIO()
+    models[1].save(file)
+    loaded = PPOClip.load(file, env=gym.make("Pendulum-v1"))
+    assert loaded.rollout_buffer.weight == 0.5
