@@ -105,7 +105,9 @@ class KLController(Protocol):
     How the coefficient follows the divergence: anything that can be called with a reading, a plain function too.
 
     It is called once after every update whose divergence is finite. What it returns is then brought inside
-    ``kl_coef_bounds``. What it remembers it keeps on itself: SB3's ``save`` pickles it with the model.
+    ``kl_coef_bounds``, and stays until the next update unless the learning rate rises: see ``kl_coef`` of
+    :class:`~sb3_ppo_penalty.ppo_penalty.PPOPenalty`. What it remembers it keeps on itself: SB3's ``save`` pickles it with the
+    model.
     """
 
     def __call__(self, reading: KLReading, /) -> float:

@@ -49,7 +49,8 @@ class PPOPenalty(ProximalAlgorithm):
     It adds:
 
     :param kl_coef: beta of the first update, 1 as in the paper, in the unit of the (normalised) advantages per nat. The
-        attribute of this name is the live coefficient; ``save`` keeps it
+        attribute of this name is the live coefficient; ``save`` keeps it. It sinks where a learning rate that falls to 0
+        keeps the policy from its target; where the rate rises again it returns to where the target was last in reach
     :param kl_min: in nats; default: the paper's ``target_kl / 1.5``
     :param kl_max: in nats; default: the paper's ``1.5 * target_kl``
     :param kl_coef_factor: by how much the coefficient moves, with a ``kl_controller`` other than the document's at most;
@@ -120,6 +121,11 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_penalty = KLPenalty.of(kl_penalty)
         self.guard = Guard.of(guard)
         self._saturated_updates = 0  # in a row that left the coefficient at a bound
+        self._granted_kl_coef = 0.0  # by the last update: `kl_coef` differs where the user has set it since
+        # Of the last update whose divergence was in reach, at no less than half of the learning rate that last rose
+        self._kl_coef_in_reach = 0.0
+        self._risen_learning_rate = 0.0
+        self._last_learning_rate = 0.0
         super().__init__(**passed_on(ProximalAlgorithm.__init__, locals()))
 
     def _check_arguments(self) -> None:
@@ -187,6 +193,25 @@ class PPOPenalty(ProximalAlgorithm):
         own = {"kl_coef": float(self.kl_coef), "target_kl": self.kl_target, "kl_penalty": self.kl_penalty}
         return {**super()._settings(), **own}
 
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        """
+        As in SB3; where the learning rate rises, also give the coefficient back what it lost at smaller steps.
+
+        While the rate falls to 0 the coefficient sinks with it: no penalty is light enough for a policy that can hardly move.
+        At larger steps, as in a second ``learn``, it would hold nothing. It returns at least to where the divergence was last
+        in reach at steps of that size; one that the user has set stays.
+
+        :param optimizers: whose rate is set
+        """
+        super()._update_learning_rate(optimizers)
+        rate = float(self.policy.optimizer.param_groups[0]["lr"])
+        if self.kl_coef != self._granted_kl_coef:
+            self._kl_coef_in_reach = float(self.kl_coef)
+        if rate > self._last_learning_rate:
+            self.kl_coef = clamp(max(self.kl_coef, self._kl_coef_in_reach), self.kl_coef_bounds)
+            self._risen_learning_rate = rate
+        self._last_learning_rate = rate
+
     def _policy_objective(
         self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
     ) -> tuple[th.Tensor, th.Tensor]:
@@ -217,7 +242,10 @@ class PPOPenalty(ProximalAlgorithm):
         granted = clamp(wanted, self.kl_coef_bounds)
         change = (granted > reading.kl_coef) - (granted < reading.kl_coef)
         self._watch_saturation(saturated=granted != wanted)
-        self.kl_coef = granted
+        self.kl_coef = self._granted_kl_coef = granted
+        # Half the rate takes a policy a quarter as far in KL, which half the coefficient makes good: the rule's one step
+        if reading.kl >= low and self._last_learning_rate >= self._risen_learning_rate / 2:
+            self._kl_coef_in_reach = granted
         figures = {"kl_coef": granted, "kl_coef_change": change, "target_kl": target, "kl_min": low, "kl_max": high}
         if report:
             figures |= {f"guard_{name}": float(figure) for name, figure in vars(report).items()}

@@ -11,14 +11,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete, SimpleMultiObsEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from sb3_ppo_penalty import PAPER, ROBUST, Guard, KLPenalty, PPOClip, PPOPenalty, Proportional
 from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
-from sb3_ppo_penalty.proximal import Drift
+from sb3_ppo_penalty.proximal import Drift, ProximalAlgorithm
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0}
 
@@ -28,7 +30,10 @@ def drift(kl: float) -> Drift:
 
 
 def model_with(**options) -> PPOPenalty:
-    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, **options})
+    return with_logger(PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, **options}))
+
+
+def with_logger(model: PPOPenalty) -> PPOPenalty:
     model.set_logger(configure(None, []))
     return model
 
@@ -243,6 +248,107 @@ def test_coefficient_survives_save_load_learn(tmp_path) -> None:
     steps = loaded.logger.name_to_value["train/kl_coef_change"]
     assert loaded.kl_coef == pytest.approx(model.kl_coef * 1.7**steps)
     assert PPOPenalty.load(tmp_path / "model", kl_coef=5.0).kl_coef == 5.0
+
+
+# --- a coefficient that sank because the learning rate fell
+
+
+def coefficients(model: PPOPenalty, updates) -> list[float]:
+    """The coefficients in force in updates at these learning rates that led to these divergences."""
+    in_force = []
+    for rate, kl in updates:
+        model.lr_schedule = ConstantSchedule(rate)
+        model._update_learning_rate(model.policy.optimizer)
+        in_force.append(model.kl_coef)
+        model._after_update(drift(kl))
+    return in_force
+
+
+#: With the target 0.01 and the paper's band: too far, in reach, too near
+FAR, IN, NEAR = 0.02, 0.01, 0.001
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [
+        pytest.param([(1.0, NEAR)] * 4, [1, 0.5, 0.25, 0.125], id="constant: nothing"),
+        pytest.param([(1, NEAR), (0.9, NEAR), (0.8, IN), (0.7, NEAR)], [1, 0.5, 0.25, 0.25], id="falling: nothing"),
+        pytest.param(
+            [(1, FAR), (0.8, FAR), (0.6, IN), (0.4, NEAR), (0.2, NEAR), (0, NEAR), (1, IN)],
+            [1, 2, 4, 4, 2, 1, 4],
+            id="as the last that was in reach",
+        ),
+        pytest.param([(1, IN), (0.4, NEAR), (0.3, IN), (1, IN)], [1, 1, 0.5, 1], id="in reach at steps too small to count"),
+        pytest.param([(1, IN), (0.5, NEAR), (0.5, IN), (0, NEAR), (1, IN)], [1, 1, 0.5, 0.5, 0.5], id="half of it counts"),
+        pytest.param([(1, IN), (0.4, FAR), (0.2, FAR), (1, IN)], [1, 1, 2, 4], id="never lowered"),
+        pytest.param([(0.1, NEAR), (0.2, NEAR), (0.3, NEAR), (0.3, NEAR)], [1, 1, 1, 0.5], id="warm-up"),
+        pytest.param([(1e-6, NEAR)] * 3 + [(1, IN)], [1, 0.5, 0.25, 1], id="steps that were always too small"),
+        pytest.param([(1, IN), (-0.3, NEAR), (-0.3, NEAR), (1, IN)], [1, 1, 0.5, 1], id="below 0, as SB3's schedules go"),
+        pytest.param([(1, IN), (0, math.inf), (0, NEAR), (1, IN)], [1, 1, 1, 1], id="a divergence that says nothing"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:KL.* is inf")
+def test_where_the_learning_rate_rises_the_coefficient_returns(updates, expected) -> None:
+    assert coefficients(model_with(), updates) == expected
+
+
+def test_what_the_user_sets_stays_where_the_learning_rate_rises(tmp_path) -> None:
+    sunk = [(1, IN), (0.1, NEAR), (0, NEAR)]
+    model = model_with()
+    coefficients(model, sunk)
+    model.save(tmp_path / "model")
+    loaded = with_logger(PPOPenalty.load(tmp_path / "model", kl_coef=0.5))
+    bounded = with_logger(PPOPenalty.load(tmp_path / "model", kl_coef_bounds=(0.01, 0.7)))
+    model.kl_coef = 0.3
+    assert coefficients(model, [(1, IN), (0, NEAR), (1, IN)]) == [0.3, 0.3, 0.3]
+    assert coefficients(loaded, [(1, IN)]) == [0.5]
+    assert coefficients(bounded, [(1, IN)]) == [0.7]
+    fixed = model_with(kl_controller="fixed", kl_coef_bounds=(0.2, 5))
+    assert coefficients(fixed, [*sunk, (1, IN)]) == [1, 1, 1, 1]
+
+
+def test_what_is_remembered_survives_save_and_load(tmp_path) -> None:
+    model = model_with(kl_coef=3)
+    coefficients(model, [(1, FAR), (0.2, NEAR), (0.1, NEAR), (0, NEAR)])
+    model.save(tmp_path / "model.zip")
+    assert model.kl_coef == 0.75
+    for loaded in (PPOPenalty.load(tmp_path / "model.zip"), PPOPenalty.load_safe(tmp_path / "model.zip", "Pendulum-v1")):
+        assert loaded.kl_coef == 0.75
+        assert coefficients(with_logger(loaded), [(0, NEAR), (0.5, IN)]) == [0.75, 6]
+
+
+class FirstUpdates(BaseCallback):
+    """Ends a training after two updates and keeps their divergences."""
+
+    def _on_training_start(self) -> None:
+        self.kls: list[float] = []
+
+    def _on_rollout_start(self) -> None:
+        if self.n_calls:
+            self.kls.append(self.logger.name_to_value["train/kl"])
+
+    def _on_step(self) -> bool:
+        return len(self.kls) < 2
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_second_training_after_a_learning_rate_of_zero_begins_with_a_penalty(seed: int) -> None:
+    options = {"n_steps": 128, "batch_size": 32, "gamma": 0.9, "seed": seed, "learning_rate": LinearSchedule(2e-3, 0.0, 1.0)}
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", **options).learn(12 * 128)
+    assert model.kl_coef < 0.5
+    model.learn(12 * 128, callback=(first := FirstUpdates()))
+    assert max(first.kls) < 0.05  # without: 0.55 and 0.11
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, LinearSchedule(2e-3, 0.0, 1.0)], ids=["constant", "falling"])
+def test_a_learning_rate_that_does_not_rise_trains_as_without_the_rule(monkeypatch, learning_rate) -> None:
+    trained = []
+    for rule in (PPOPenalty._update_learning_rate, ProximalAlgorithm._update_learning_rate):
+        monkeypatch.setattr(PPOPenalty, "_update_learning_rate", rule)
+        model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, learning_rate=learning_rate).learn(8 * 64)
+        trained.append((model.kl_coef, th.cat([weight.detach().flatten() for weight in model.policy.parameters()])))
+    assert trained[0][0] == trained[1][0] != 1
+    assert th.equal(trained[0][1], trained[1][1])
 
 
 def test_nothing_of_a_rollout_reaches_the_file(tmp_path) -> None:
