@@ -15,6 +15,7 @@ with fewer transitions cuts them into as many minibatches as the rank with most.
 count the steps of all ranks. Rank 0 alone logs.
 """
 
+import gc
 import io
 import math
 import os
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NamedTuple, TypeVar
 
 import torch as th
@@ -211,8 +213,8 @@ def session(timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
 
     Models that are made inside are trained by all ranks together: each must make the same model and call the same ``learn``.
     Tensors on the CPU travel by gloo, on a GPU by nccl; a rank takes the GPU that ``LOCAL_RANK`` names. A process group that
-    there is already is joined as it is. In a process that was started by itself nothing is initialised, and models are
-    trained as ever.
+    there is already is joined as it is, and outlives the session. In a process that was started by itself nothing is
+    initialised, and models are trained as ever.
 
     :param timeout: how long a rank waits for the others before it fails, in seconds. They wait for the slowest at the end of
         every rollout, also while rank 0 evaluates or a rank compiles
@@ -226,6 +228,7 @@ def session(timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
         yield ALONE
         return
     own, before = not dist.is_initialized(), _current
+    _import_dynamo()
     if own:
         _initialise(timeout)
     try:
@@ -236,6 +239,23 @@ def session(timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
         if own:
             # Also after an error: the others learn at once that nobody will answer
             dist.destroy_process_group()
+            # A cycle of references that holds the group would hold its threads as well
+            gc.collect()
+
+
+def _import_dynamo() -> None:
+    """
+    Import torch._dynamo as if there were no process group yet.
+
+    Making an optimizer imports it, and with it ``torch.distributed.nn``, whose functions take the process group of that
+    moment as a default argument. They would keep the group and gloo's threads beyond ``destroy_process_group``, and a thread
+    that releases a tensor while the interpreter ends aborts the process.
+    """
+    group, dist.group.WORLD = dist.group.WORLD, None
+    try:
+        import_module("torch._dynamo")
+    finally:
+        dist.group.WORLD = group
 
 
 def _initialise(timeout: float) -> None:
@@ -243,10 +263,6 @@ def _initialise(timeout: float) -> None:
     :param timeout: in seconds
     :raises RankError: if the ranks do not find each other in time
     """
-    # Making an optimizer imports torch._dynamo, and with it `torch.distributed.nn`, whose functions have the group of that
-    # moment as a default argument. Imported later they would keep the session's group, and gloo's threads with it, beyond
-    # its end: such a thread aborts the process when it releases a tensor while the interpreter ends
-    import_module("torch._dynamo")
     backend = "gloo"
     if th.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -606,6 +622,8 @@ class Team(Ranks):
         try:
             yield
         except RuntimeError as error:
+            # Whoever keeps the error would keep the process group, a local variable of torch's functions
+            clear_frames(error.__traceback__)
             raise RankError(
                 f"rank {self.rank} of {self.size} cannot go on: another rank has ended, or has not answered within the "
                 f"session's timeout; its own output says why ({str(error).splitlines()[0]})"
