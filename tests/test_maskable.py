@@ -1,5 +1,7 @@
 """Masked actions: never taken, without a part in the divergence, and nothing changes where every action is allowed."""
 
+import inspect
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -135,8 +137,12 @@ class InDict(gym.ObservationWrapper):
         return self.env.action_masks()
 
 
-def test_the_names_are_the_classes_of_sb3_contrib() -> None:
+def test_names_and_arguments_are_those_of_sb3_contrib() -> None:
     assert MaskablePPOPenalty.policy_aliases == MaskablePPO.policy_aliases
+    for name in ("learn", "predict", "collect_rollouts"):
+        ours, theirs = (list(inspect.signature(getattr(each, name)).parameters) for each in (MaskablePPOPenalty, MaskablePPO))
+        assert ours == theirs, name
+    assert set(inspect.signature(MaskablePPO).parameters) <= set(inspect.signature(MaskablePPOPenalty).parameters)
 
 
 @pytest.mark.parametrize("policy", [MaskableActorCriticPolicy, Doubled, MaskableMultiInputActorCriticPolicy])
@@ -328,7 +334,5 @@ def test_buffer_with_minibatches_of_its_own(assigned: bool) -> None:
 
 
 def test_buffers_without_masks_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="`rollout_buffer_class` must be a MaskableRolloutBuffer or MaskableDict"
-    ):
+    with pytest.raises(ValueError, match="`rollout_buffer_class` must be a MaskableRolloutBuffer or MaskableDict"):
         MaskablePPOPenalty("MlpPolicy", env_with(3), **SMALL, rollout_buffer_class=RewardToGoRolloutBuffer)
