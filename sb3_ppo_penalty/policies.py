@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,23 @@ SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[
 
 #: What stands in for a policy's `mean_and_value` for a while. Not on the policy, so that no copy and no file of it has it
 STAND_INS: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
+
+
+def spread_mismatch(own: Container[str], found: Container[str]) -> str | None:
+    """
+    Say why weights do not fit where the covariance of one policy's Gaussian learns and that of the other's is fixed.
+
+    :param own: names in the ``state_dict`` of the policy that is to hold the weights
+    :param found: names of the weights
+    :return: what to build the policy with; None if this is not the matter
+    """
+    if "covariance" in own and "log_std" in found:
+        remedy = "`policy_kwargs=dict(learn_covariance=True)`"
+        return f"they are of a policy that learns `log_std`, as SB3's does: build this one with {remedy}"
+    if "log_std" in own and "covariance" in found:
+        remedy = "this package's policy, without `learn_covariance`"
+        return f"they are of a policy with a fixed `covariance`, which is this package's: build this one with {remedy}"
+    return None
 
 
 class FixedCovarianceMixin(ActorCriticPolicy):
@@ -194,6 +211,21 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             known = getattr(self, name, None)
             if known is None or not th.equal(known, constant):
                 self.register_buffer(name, constant, persistent=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        Load weights, as torch does; the error says what to do where only one of two covariances learns.
+
+        :param state_dict: tensors by name
+        :param strict: whether the names have to be those of this policy
+        :param assign: whether to keep the tensors given rather than to copy them
+        :return: the names that were missing and those that were not expected
+        :raises RuntimeError: if names or shapes do not fit
+        """
+        mismatch = spread_mismatch(self.state_dict().keys(), state_dict.keys()) if strict else None
+        if mismatch:
+            raise RuntimeError(f"the weights do not fit {type(self).__name__}: {mismatch}")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Let the constants follow a covariance that was loaded."""

@@ -6,6 +6,7 @@ import torch as th
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_number
+from sb3_ppo_penalty.file_origin import PENALTY_ENTRIES, differences_for_clip
 from sb3_ppo_penalty.losses import clipped_surrogate
 from sb3_ppo_penalty.proximal import ProximalAlgorithm
 from sb3_ppo_penalty.rollout import Minibatch, RewardToGoRolloutBuffer
@@ -27,6 +28,9 @@ class PPOClip(ProximalAlgorithm):
         rule: it also stops the critic); None to never stop
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
+
+    _foreign_entries = PENALTY_ENTRIES
+    _differences = staticmethod(differences_for_clip)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

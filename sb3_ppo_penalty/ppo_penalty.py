@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -11,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ppo_penalty.arguments import as_number, require, require_number, schedule_at
+from sb3_ppo_penalty.file_origin import differences_for_penalty
 from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
 from sb3_ppo_penalty.kl_penalty import KLPenalty
@@ -69,6 +71,7 @@ class PPOPenalty(ProximalAlgorithm):
     :raises ValueError: naming the argument, for a value that cannot be meant
     """
 
+    _differences = staticmethod(differences_for_penalty)
     #: Of the last update; no file holds it
     _guard_report: Report | None = None
 
@@ -133,6 +136,10 @@ class PPOPenalty(ProximalAlgorithm):
         bounds = self.kl_coef_bounds
         pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
         require(pair, "kl_coef_bounds", bounds, "two numbers, (lowest, highest)")
+        smallest: dict[str, Any] = {"kl_coef": self.kl_coef, "kl_coef_bounds": bounds[0]}
+        for name, value in smallest.items():
+            switched_off = isinstance(value, Real) and value == 0
+            require(not switched_off, name, getattr(self, name), "above 0: to train without the penalty take `PPOClip`")
         require_number("kl_coef_bounds", bounds[0], 0, open_below=True)
         require_number("kl_coef_bounds", bounds[1], bounds[0])
         require_number("kl_coef", self.kl_coef, *bounds)
@@ -222,7 +229,8 @@ class PPOPenalty(ProximalAlgorithm):
         return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_guard_report"]
+        # A file without a clip range opens in stock PPO, which takes its default where it could not take None
+        return [*super()._excluded_save_params(), "_guard_report", *["clip_range"] * (self.clip_range is None)]
 
     def _steppers(self, rollout: Rollout, settings: Settings) -> Iterator[Stepper]:
         if self.guard is None:

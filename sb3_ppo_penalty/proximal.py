@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
@@ -27,8 +28,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_penalty import distributed, losses, safe_load
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number, schedule_at
 from sb3_ppo_penalty.divergence import ActionParameters, concatenate, filled, kl_divergence, parameters_of
+from sb3_ppo_penalty.file_origin import require_ppo, saved_entries
 from sb3_ppo_penalty.losses import Drift
-from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy, spread_mismatch
 from sb3_ppo_penalty.rollout import (
     IgnoreTimeLimits,
     Minibatch,
@@ -113,6 +115,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     #: The processes that train this model; no file holds them
     _ranks: distributed.Ranks = distributed.ALONE
     #: Those whose minibatches are known to be rows of their arrays
+    #: Names of what only other algorithms keep in their files
+    _foreign_entries: ClassVar[frozenset[str]] = frozenset()
     _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
@@ -748,6 +752,91 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load weights, as SB3 does; the error says what to do where only one of two covariances learns.
+
+        :param load_path_or_dict: a saved model, or weights as from ``get_parameters``
+        :param exact_match: whether all weights have to be given
+        :param device: to read a saved model on
+        :raises RuntimeError: if names or shapes do not fit
+        """
+        given: Any = load_path_or_dict
+        if not isinstance(given, dict):
+            _, given, _ = load_from_zip_file(given, device=device, load_data=False)
+        mismatch = spread_mismatch(self.policy.state_dict().keys(), given.get("policy", {}).keys())
+        # Without an exact match the policy's other weights are taken, but an optimizer's state fits all of them or none
+        if mismatch and (exact_match or "policy.optimizer" in given):
+            raise RuntimeError(f"the parameters do not fit {type(self).__name__}: {mismatch}")
+        super().set_parameters(given, exact_match, device)
+
+    @classmethod
+    def load(
+        cls: type[SelfProximal],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfProximal:
+        """
+        Load a model as SB3 does, and warn where arguments in a file of another algorithm mean something else here.
+
+        :param path: see SB3, as for all of these
+        :param env: to go on training in
+        :param device: to put the model on
+        :param custom_objects: to take in the place of what the file has
+        :param print_system_info: whether to print on what system the file was saved
+        :param force_reset: whether training resets the environments first
+        :param kwargs: the constructor's, to replace what the file says
+        :return: the model
+        :raises ValueError: for the file of an algorithm that is no PPO
+        """
+        objects = custom_objects or {}
+        found = saved_entries(path)
+        entries = cls._own_entries(found, {**objects, **kwargs})
+        if "clip_range" in objects.keys() - found.keys():
+            # SB3 replaces only what the file has
+            kwargs = {"clip_range": objects["clip_range"], **kwargs}
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        for name in found.keys() - entries.keys():
+            vars(model).pop(name, None)
+        return model
+
+    @staticmethod
+    def _differences(entries: dict[str, Any], given: dict[str, Any]) -> list[str]:
+        """
+        List what in a file means something else here than to the algorithm that saved it.
+
+        :param entries: of the file
+        :param given: arguments that the user replaces entries with
+        :return: sentences; a subclass has its own
+        """
+        return []
+
+    @classmethod
+    def _own_entries(cls, entries: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """
+        Take from a file's entries those that this algorithm has; warn where one means something else here.
+
+        :param entries: of the file
+        :param given: arguments that the user replaces entries with
+        :return: without what only another algorithm has
+        :raises ValueError: for the file of an algorithm that is no PPO
+        """
+        require_ppo(entries)
+        differences = cls._differences(entries, given)
+        if differences:
+            warnings.warn(f"{cls.__name__} opens a file of another algorithm: {'; '.join(differences)}", stacklevel=3)
+        return {name: entry for name, entry in entries.items() if name not in cls._foreign_entries}
+
     @classmethod
     def load_safe(
         cls: type[SelfProximal],
@@ -776,4 +865,4 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :raises UnsafeFileError: naming the entry that is pickled and needed, of the wrong type, shape or range, too large,
             or none of a model's
         """
-        return safe_load.load_safe(cls, path, env, device, max_bytes, arguments)
+        return safe_load.load_safe(cls, path, env, device, max_bytes, arguments, cls._own_entries)

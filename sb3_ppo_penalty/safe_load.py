@@ -32,7 +32,7 @@ from sb3_ppo_penalty.distributions import covariance_tensor
 from sb3_ppo_penalty.guard import Guard
 from sb3_ppo_penalty.kl_control import DocumentRule, DualAscent, FixedCoefficient, Proportional
 from sb3_ppo_penalty.kl_penalty import KLPenalty
-from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
 from sb3_ppo_penalty.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.safe_archive import Pickled, SavedModel, check, read_model, refusing
 
@@ -105,6 +105,7 @@ def load_safe(
     device: th.device | str,
     max_bytes: int,
     given: dict[str, Any],
+    own_entries: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
 ) -> SelfOnPolicy:
     """
     Load a model without running anything that its file says.
@@ -115,6 +116,7 @@ def load_safe(
     :param device: as for SB3's ``load``
     :param max_bytes: what the file may unpack to, and what the rollout buffer that it asks for may take
     :param given: arguments of the algorithm that replace what the file says
+    :param own_entries: given the file's entries and those that ``given`` replaces, returns those that the algorithm has
     :return: the model
     :raises UnsafeFileError: naming the entry, for anything in the file that is not a checked value
     """
@@ -125,8 +127,9 @@ def load_safe(
     if unknown:
         raise TypeError(f"{cls.__name__}.load_safe() has no argument {unknown}")
     saved = read_model(path, max_bytes)
-    with refusing("data"):
-        arguments = {**_arguments(cls, saved.entries, names - IGNORED - given.keys()), **given}
+    with refusing("data", Warning):
+        entries = own_entries(saved.entries, {ENTRIES.get(name, name): value for name, value in given.items()})
+        arguments = {**_arguments(cls, entries, names - IGNORED - given.keys()), **given}
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
     with refusing("data and the arguments passed" if given else "data", Warning):
@@ -135,8 +138,8 @@ def load_safe(
         with _policy_of_at_most(4 * saved.weight_bytes):
             model = cls(env=env, device=device, **arguments)
         argument_entries = {ENTRIES.get(name, name) for name in names}
-        for name in sorted(saved.entries.keys() - argument_entries - IGNORED):
-            _restore_number(model, name, saved.entries[name])
+        for name in sorted(entries.keys() - argument_entries - IGNORED):
+            _restore_number(model, name, entries[name])
     _restore_tensors(model, saved)
     if model.use_sde:
         model.policy.reset_noise()
@@ -405,6 +408,8 @@ def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
     """
     policy = model.policy
     with refusing("policy.pth"):
+        mismatch = spread_mismatch(policy.state_dict().keys(), saved.policy.keys()) if isinstance(saved.policy, dict) else None
+        check(mismatch is None, "policy.pth", "another spread", f"of a policy like this one: {mismatch}")
         weights = _like("policy.pth", saved.policy, policy.state_dict())
         if getattr(policy, "has_fixed_covariance", False):
             covariance_tensor(weights["covariance"], get_action_dim(model.action_space))
@@ -499,6 +504,9 @@ def _group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
         check(name in expected, where, value, "left out: the optimizer has no such setting")
         if name == "lr":
             check(_number(where, value) >= 0, where, value, "positive or zero")
+            continue
+        if name in ("fused", "foreach"):  # which kernels the optimizer runs on: stock PPO's policies leave it to torch
+            check(value is None or type(value) is bool, where, value, "true, false or none")
             continue
         wanted = tuple(expected[name]) if type(value) is tuple else expected[name]
         check(type(value) in (type(wanted), float, int) and value == wanted, where, value, f"{wanted}, as the policy has it")

@@ -16,6 +16,7 @@ SB3 = "stable_baselines3"
 LAW = {
     "version": set(),
     "arguments": set(),
+    "file_origin": {SB3, "arguments"},
     "kl_control": {"arguments"},
     "losses": {"torch"},
     "divergence": {"torch", SB3},
@@ -35,10 +36,10 @@ LAW = {
     | {"rollout", "safe_archive"},
     "guard": {"torch", SB3, "arguments", "distributed", "divergence", "rollout", "update"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
-    | {"update", "compiled", "distributed", "safe_load"},
-    "ppo_clip": {"torch", SB3, "arguments", "losses", "proximal", "rollout", "update"},
+    | {"update", "compiled", "distributed", "file_origin", "safe_load"},
+    "ppo_clip": {"torch", SB3, "arguments", "file_origin", "losses", "proximal", "rollout", "update"},
     "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
-    | {"guard"},
+    | {"file_origin", "guard"},
     # Imported by nobody but the user: the package itself comes without sb3-contrib
     "maskable": {"torch", "numpy", "gymnasium", SB3, "sb3_contrib", "arguments", "divergence", "ppo_penalty", "rollout"},
     "__init__": {

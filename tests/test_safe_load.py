@@ -364,13 +364,6 @@ def test_another_environment(file: bytes) -> None:
         load(file, two_dimensions())
 
 
-def test_another_algorithm(file: bytes, env) -> None:
-    with pytest.raises(UnsafeFileError, match="`clip_range` must be a number or a schedule"):
-        load(file, env, PPOClip)
-    with pytest.raises(UnsafeFileError, match=r"`(kl_|_saturated|_granted_kl_coef).* must be left out.*PPOClip"):
-        load(file, env, PPOClip, clip_range=0.2)
-
-
 @pytest.mark.parametrize(
     "known",
     [
