@@ -23,11 +23,9 @@ from PIL import Image
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
-from torch import nn
 
-from sb3_ppo_penalty import PPOPenalty
+from sb3_ppo_penalty import PENDULUM, PPOPenalty
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,23 +34,6 @@ from matplotlib import pyplot as plt
 OPTIMUM = -137.6
 ENV_ID = "Pendulum-v1"
 N_ENVS = 4
-GAMMA = 0.98
-#: The package's entry for RL Zoo, tuned on seeds other than those that the README reports
-HYPERPARAMETERS = {
-    "n_steps": 256,
-    "gamma": GAMMA,
-    "gae_lambda": 0.9,
-    "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
-    "n_epochs": 10,
-    "batch_size": 64,
-    "max_grad_norm": 5.0,
-    "target_kl": 0.003,
-    "kl_coef": 3.0,
-    "kl_coef_factor": 1.5,
-    "kl_coef_bounds": (0.1, 1e3),
-    "kl_controller": "proportional",
-    "policy_kwargs": {"covariance": 2.0, "activation_fn": nn.ReLU},
-}
 
 
 def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:
@@ -63,10 +44,10 @@ def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:
     :return: the trained model
     """
     # Rewards of size 1 for the critic; observations stay as they are, so that the model needs no statistics to act
-    env = VecNormalize(make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed), norm_obs=False, gamma=GAMMA)
+    env = VecNormalize(make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed), norm_obs=False, gamma=PENDULUM["gamma"])
     eval_env = VecNormalize(make_vec_env(ENV_ID, n_envs=20, seed=10_000), norm_obs=False, norm_reward=False, training=False)
     callback = EvalCallback(eval_env, n_eval_episodes=20, eval_freq=5_000 // N_ENVS, log_path=str(out), verbose=0)
-    model = PPOPenalty("MlpPolicy", env, seed=seed, device="cpu", **HYPERPARAMETERS)
+    model = PPOPenalty("MlpPolicy", env, seed=seed, device="cpu", **PENDULUM)
     return model.learn(n_timesteps, callback=callback, progress_bar=True)
 
 

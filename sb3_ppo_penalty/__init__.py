@@ -7,7 +7,7 @@ from sb3_ppo_penalty.kl_control import DualAscent, KLController, KLReading, Prop
 from sb3_ppo_penalty.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ppo_penalty.ppo_clip import DOCUMENT_RECIPE, PPOClip
-from sb3_ppo_penalty.ppo_penalty import PAPER, ROBUST, PPOPenalty
+from sb3_ppo_penalty.ppo_penalty import PAPER, PENDULUM, ROBUST, PPOPenalty
 from sb3_ppo_penalty.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.safe_archive import UnsafeFileError
 from sb3_ppo_penalty.version import __version__
@@ -15,6 +15,7 @@ from sb3_ppo_penalty.version import __version__
 __all__ = [
     "DOCUMENT_RECIPE",
     "PAPER",
+    "PENDULUM",
     "ROBUST",
     "CnnPolicy",
     "DualAscent",

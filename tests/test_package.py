@@ -1,14 +1,18 @@
 """What a user installs: the wheel, built from this tree, imported from nowhere else."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from documentation import SITECUSTOMIZE, Block, absent_modules, closure, documents, python_blocks
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -65,15 +69,115 @@ def test_the_oldest_versions_that_it_admits_are_those_it_is_tested_with(metadata
         assert name == "torch" or Version(admitted.version) == Version(tested[name])
 
 
-def test_installed_wheel_trains(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return folder
+
+
+def present(metadata: Message, extras: Iterable[str]) -> set[str]:
+    """Names of the packages that come with the wheel and these extras, the wheel included."""
+    requirements = list(map(Requirement, metadata.get_all("Requires-Dist")))
+    wanted = [each for each in requirements if each.marker is None]
+    wanted += [each for extra in extras for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]
+    return closure(wanted) | {"sb3-ppo-penalty"}
+
+
+def run_installed(code: str, extras: Iterable[str], site: Path, metadata: Message, folder: Path) -> str:
+    """
+    Run code where nothing is installed but the wheel, these extras of it, and what they need.
+
+    :return: what it prints
+    """
+    (folder / "installed").mkdir()
+    text = SITECUSTOMIZE.format(absent=absent_modules(present(metadata, extras)))
+    (folder / "installed" / "sitecustomize.py").write_text(text)
+    (folder / "work").mkdir()
+    (folder / "work" / "block.py").write_text(code)
+    path = os.pathsep.join([str(folder / "installed"), str(site)])
+    finished = subprocess.run(
+        [sys.executable, "-P", "block.py"],
+        cwd=folder / "work",
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_installed_wheel_trains(site: Path, metadata: Message, tmp_path: Path) -> None:
     code = (
         "import sb3_ppo_penalty; from sb3_ppo_penalty import PPOPenalty, PPOClip\n"
         "model = PPOPenalty('MlpPolicy', 'Pendulum-v1', n_steps=64, batch_size=32).learn(64)\n"
         "print(sb3_ppo_penalty.__file__, model.num_timesteps)"
     )
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site)}
+    printed = run_installed(code, [], site, metadata, tmp_path)
+    assert printed.split() == [str(site / "sb3_ppo_penalty" / "__init__.py"), "64"]
+
+
+@pytest.mark.parametrize(
+    ("extras", "expected"),
+    [((), "tqdm rich pygame yaml rl_zoo3 ray"), (("examples",), "yaml rl_zoo3 ray"), (("zoo",), "ray"), (("ray",), "")],
+)
+def test_blocks_run_with_the_extras_that_they_name_and_no_others(
+    extras: tuple[str, ...], expected: str, site: Path, metadata: Message, tmp_path: Path
+) -> None:
+    # The same in a process that the block starts
+    code = (
+        "import subprocess, sys; from importlib.util import find_spec\n"
+        "names = 'tqdm rich pygame yaml rl_zoo3 ray torch stable_baselines3'.split()\n"
+        "if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, 'child'], check=True)\n"
+        "print(*[name for name in names if find_spec(name) is None], sep=' ')"
     )
-    assert run.stdout.split() == [str(site / "sb3_ppo_penalty" / "__init__.py"), "64"], run.stderr
+    assert run_installed(code, extras, site, metadata, tmp_path).splitlines() == [expected] * 2
+
+
+BLOCKS = [block for path in documents(ROOT) for block in python_blocks(path, ROOT)]
+
+
+def test_every_python_block_is_found() -> None:
+    fence = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*py", re.MULTILINE)
+    assert len(BLOCKS) == sum(len(fence.findall(path.read_text())) for path in documents(ROOT)) >= 5
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_python_block_of_the_documentation_runs(block: Block, site: Path, metadata: Message, tmp_path: Path) -> None:
+    printed = run_installed(block.code, block.extras, site, metadata, tmp_path)
+    if block == BLOCKS[0]:
+        # What a reader copies first runs as it is, on the package alone, and learns
+        assert block.extras == ()
+        assert block.code in (ROOT / "README.md").read_text()
+        assert "mean return over 20 episodes: 500 +- 0 (the most is 500)" in printed
+
+
+def test_blocks_are_read_with_their_marks(tmp_path: Path) -> None:
+    text = """
+<!-- needs: zoo, ray -->
+<!-- when tested: 100_000 as 2_048, 10 as 1 -->
+```python
+learn(100_000, 10, 2_100_000)
+```
+  ~~~py
+  if True:
+      pass
+  ~~~
+
+<!-- needs: zoo -->
+
+```python title="x"
+```
+```sh
+python -m this
+```
+"""
+    (tmp_path / "page.md").write_text(text)
+    assert list(python_blocks(tmp_path / "page.md", tmp_path)) == [
+        ("page.md:4", "learn(2_048, 1, 2_100_000)\n", ("zoo", "ray")),
+        ("page.md:7", "if True:\n    pass\n", ()),
+        ("page.md:14", "", ("zoo",)),
+    ]

@@ -21,11 +21,13 @@ import yaml
 from optuna.trial import FixedTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import sb3_ppo_penalty
-from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip, PPOPenalty, RewardToGoRolloutBuffer, zoo
+from sb3_ppo_penalty import DOCUMENT_RECIPE, PENDULUM, PPOClip, PPOPenalty, RewardToGoRolloutBuffer, zoo
 from sb3_ppo_penalty.__main__ import main
 from sb3_ppo_penalty.zoo.commands import child_command
 
@@ -448,6 +450,27 @@ def test_entry_trains(algo: str, env: str, tmp_path: Path) -> None:
         assert getattr(model, key) == entry[key], key
     assert model.get_vec_normalize_env() is not None or not entry.get("normalize", False)
     assert (model.clip_range is None) == ("clip_range" not in entry and algo == "ppo_penalty")
+
+
+def test_pendulums_entry_is_the_dict_of_the_package(tmp_path: Path) -> None:
+    own = {"normalize": "{'norm_obs': False, 'norm_reward': True}", "n_envs": 4, "n_timesteps": 100_000, "policy": "MlpPolicy"}
+    entry = entries("ppo_penalty")["Pendulum-v1"]
+    assert entry.keys() - own.keys() == PENDULUM.keys()
+    assert {name: entry[name] for name in own} == own
+    by_zoo, _ = manager("ppo_penalty", "Pendulum-v1", tmp_path, seed=3).setup_experiment()
+    by_zoo.env.close()
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=4, seed=3), norm_obs=False, gamma=PENDULUM["gamma"])
+    model = PPOPenalty("MlpPolicy", env, seed=3, **PENDULUM)
+    for name in PENDULUM.keys() - {"learning_rate", "policy_kwargs", "kl_controller"}:
+        assert getattr(by_zoo, name) == getattr(model, name), name
+    assert by_zoo.kl_controller == model.kl_controller
+    assert str(by_zoo.policy) == str(model.policy)
+    assert th.equal(by_zoo.policy.covariance, model.policy.covariance)
+    for progress in (1.0, 0.3, 0.0):
+        assert by_zoo.lr_schedule(progress) == pytest.approx(model.lr_schedule(progress))
+    normalize = by_zoo.get_vec_normalize_env()
+    assert (normalize.norm_obs, normalize.norm_reward, normalize.gamma) == (False, True, PENDULUM["gamma"])
+    assert all(th.equal(one, other) for one, other in zip(by_zoo.policy.parameters(), model.policy.parameters(), strict=True))
 
 
 def test_documents_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
