@@ -36,6 +36,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_penalty.arguments import require, require_number
 from sb3_ppo_penalty.checkpoints import complete_checkpoints
@@ -57,6 +58,8 @@ Result = TypeVar("Result")
 BITS = {1: th.int8, 2: th.int16, 4: th.int32, 8: th.int64}
 #: Between two ranks: each of a rank's environments takes one
 SEEDS_APART = 2**20
+#: Settings of ``VecNormalize`` that decide what policy and critic see
+NORMALIZATION = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 #: torch's own for gloo, in seconds
 DEFAULT_TIMEOUT = 1800.0
 
@@ -363,7 +366,7 @@ class Team(Ranks):
         """
         policy, statistics = model.policy, _statistics(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-        own = {**facts(), "policy": shapes, "env (VecNormalize)": list(statistics)}
+        own = {**facts(), "policy": shapes, "env (VecNormalize)": _normalization(model)}
         gathered = self._gathered({name: repr(value) for name, value in own.items()})
         for name in own:
             values = [each.get(name) for each in gathered]
@@ -630,26 +633,67 @@ class Team(Ranks):
             ) from error
 
 
+def _normalizers(model: OnPolicyAlgorithm) -> Iterator[VecNormalize]:
+    """
+    Find every ``VecNormalize`` around the training environments, from the outside in.
+
+    :param model: to be trained
+    :return: none, one or, where one normalises what another has stacked, several
+    """
+    env = model.env
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize):
+            yield env
+        env = env.venv
+
+
+def _normalization(model: OnPolicyAlgorithm) -> list[dict[str, Any]] | None:
+    """
+    Describe how observations and rewards are normalised, which has to be alike on all ranks.
+
+    :param model: to be trained
+    :return: settings and normalised keys of each ``VecNormalize``; None if there is none
+    """
+    return [
+        {**{name: vars(env)[name] for name in NORMALIZATION}, "statistics": sorted(_statistics_of(env))}
+        for env in _normalizers(model)
+    ] or None
+
+
+def _statistics_of(env: VecNormalize) -> dict[str, RunningMeanStd]:
+    """
+    Name the running means and variances of one ``VecNormalize``.
+
+    :param env: which has no statistics of observations if it was made with ``norm_obs=False``
+    :return: those of returns and those of observations, by key if they are dicts
+    """
+    # The attribute of this wrapper: `getattr` would find one further in
+    seen = vars(env).get("obs_rms", {})
+    observations = seen if isinstance(seen, dict) else {"": seen}
+    return {"returns": env.ret_rms, **{f"observations {key}": each for key, each in observations.items()}}
+
+
 def _statistics(model: OnPolicyAlgorithm) -> dict[str, RunningMeanStd]:
     """
+    Name the running means and variances of every ``VecNormalize``.
+
     :param model: with or without ``VecNormalize``
-    :return: its running means and variances, by name
+    :return: by place of the wrapper, and name
     """
-    env = model.get_vec_normalize_env()
-    if env is None:
-        return {}
-    seen = env.obs_rms if isinstance(env.obs_rms, dict) else {"observations": env.obs_rms}
-    return {**{f"of {key}": each for key, each in seen.items()}, "of returns": env.ret_rms}
+    layers = enumerate(_normalizers(model))
+    return {f"{place} {name}": each for place, env in layers for name, each in _statistics_of(env).items()}
 
 
 def _merge(live: RunningMeanStd, before: RunningMeanStd, after: list[RunningMeanStd]) -> None:
     """
-    What one set of statistics would be that had seen what all ranks saw.
+    Merge running statistics as if one process had seen all data.
 
-    :param live: is changed
+    :param live: is changed, unless nobody saw anything: rounding would move statistics that are not in training
     :param before: the rollout, the same on all ranks
     :param after: the rollout, of every rank
     """
+    if all(each.count == before.count for each in after):
+        return
     count = sum(each.count for each in after) - (len(after) - 1) * before.count
     # Moments about the old mean add up; the old ones are in every rank's
     first = sum(each.count * (each.mean - before.mean) for each in after)

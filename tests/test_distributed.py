@@ -24,8 +24,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty, ResumableCheckpointCallback, distributed, resume
 from sb3_ppo_penalty.distributed import ALONE, RankError, Ranks, session
@@ -345,6 +346,56 @@ def normalized(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"seen": np.concatenate(seen), "obs": (rms.mean, rms.var, rms.count), "returns": env.ret_rms.var}
 
 
+class Keyed(gym.ObservationWrapper[Any, Any, Any]):
+    """Dict observations, of which one key has the name of another statistic."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        box = env.observation_space
+        self.observation_space = gym.spaces.Dict({"returns": box, "raw": box, "kind": gym.spaces.Discrete(2)})
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        return {"returns": observation, "raw": observation, "kind": 0}
+
+
+#: Around one environment on rank 0, two on rank 1
+NORMALIZED: dict[str, Callable[[Any], Any]] = {
+    "rewards": lambda env: VecNormalize(env, norm_obs=False),
+    "observations": lambda env: VecNormalize(env, norm_reward=False),
+    "dict": lambda env: VecNormalize(env, norm_obs_keys=["returns"]),
+    "dict, rewards": lambda env: VecNormalize(env, norm_obs=False),
+    "inside": lambda env: VecFrameStack(VecMonitor(VecNormalize(env, norm_obs=False)), 2),
+    "outside": lambda env: VecNormalize(VecFrameStack(env, 2), norm_obs=False),
+    "two": lambda env: VecNormalize(VecFrameStack(VecNormalize(env, norm_reward=False), 2), norm_obs=False),
+    "frozen": lambda env: VecNormalize(env, training=False),
+}
+
+
+def numbers_of(rms: RunningMeanStd) -> tuple[Any, ...]:
+    return rms.mean, rms.var, rms.count
+
+
+def normalized_in_part(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """The statistics of each VecNormalize, from the outside in, after two rollouts."""
+    found: dict[str, Any] = {}
+    for name, wrap in NORMALIZED.items():
+        dicts = "dict" in name
+        env = wrap(make_vec_env("Pendulum-v1", 1 + ranks.rank, wrapper_class=Keyed if dicts else None))
+        if name == "frozen":
+            env.obs_rms.mean += 0.1 + ranks.rank
+            # 3 * 0.1 / 3 is not 0.1
+            env.ret_rms.var, env.ret_rms.count = np.float64(0.1), 3.0
+        PPOPenalty("MultiInputPolicy" if dicts else "MlpPolicy", env, policy_kwargs=TINY, **SMALL).learn(2 * 96)
+        found[name] = []
+        while isinstance(env, VecEnvWrapper):
+            if isinstance(env, VecNormalize):
+                seen = vars(env).get("obs_rms", {})
+                seen = {key: numbers_of(rms) for key, rms in (seen if isinstance(seen, dict) else {"all": seen}).items()}
+                found[name].append({"rewards": numbers_of(env.ret_rms), "observations": seen})
+            env = env.venv
+    return found
+
+
 def stopping(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Rank 1 stops in the middle of its second rollout."""
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL)
@@ -428,7 +479,19 @@ def unlike(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
     model, assigned = (PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL) for _ in range(2))
     assigned.rollout_buffer = OwnGet(32, model.observation_space, model.action_space, "cpu")
+
+    def normalized(*options: dict[str, Any] | None) -> str:
+        env, own = make_vec_env("Pendulum-v1", 1), options[ranks.rank]
+        env = env if own is None else VecNormalize(env, **own)
+        return outcome_of(lambda: PPOPenalty("MlpPolicy", env, policy_kwargs=TINY, **SMALL).learn(64))
+
     return {
+        "VecNormalize": [
+            normalized({"norm_obs": False}, None),
+            normalized(None, {}),
+            normalized({}, {"norm_obs": False}),
+            normalized({"clip_reward": 5.0}, {}),
+        ],
         "buffer": [learn(rollout_buffer_class=OwnGet), outcome_of(lambda: assigned.learn(64))],
         "n_epochs": learn(n_epochs=2 + ranks.rank),
         "kl_coef": learn(kl_coef=1.0 + ranks.rank),
@@ -445,7 +508,7 @@ def first_observations(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"first": model.rollout_buffer.observations.reshape(2, 32, 3)[:, 0], "verbose": model.verbose}
 
 
-WORKS = (ten_iterations, counted, normalized, stopping, not_finite, failing, unlike, first_observations)
+WORKS = (ten_iterations, counted, normalized, normalized_in_part, stopping, not_finite, failing, unlike, first_observations)
 
 
 def everything(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -512,6 +575,24 @@ def test_statistics_of_vecnormalize_are_those_of_all_ranks(two: Two) -> None:
     assert first["returns"] == second["returns"] != 1
 
 
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_each_vecnormalize_has_the_statistics_of_all_ranks(name: str, two: Two) -> None:
+    """The ranks' three environments make 64 steps each; of the first observations those of rank 0's one are counted."""
+    first, second = (each[name] for each in two("normalized_in_part"))
+    np.testing.assert_equal(first, second)
+    if name == "frozen":
+        assert first[0]["rewards"] == (0.0, 0.1, 3.0)
+        np.testing.assert_array_equal(first[0]["observations"]["all"][0], 0.1)
+        return
+    keys = {"observations": [["all"]], "dict": [["returns"]], "two": [[], ["all"]]}
+    assert [list(each["observations"]) for each in first] == keys.get(name, [[]])
+    for each in first:
+        assert each["rewards"][2] == pytest.approx(3 * 64 + 1e-4)
+        assert [count for _, _, count in each["observations"].values()] == pytest.approx(
+            [1 + 3 * 64 + 1e-4] * len(each["observations"])
+        )
+
+
 def test_a_callback_that_stops_training_stops_all_ranks(two: Two) -> None:
     first, second = two("stopping")
     # Rank 1 has made 40 steps of its own, rank 0 the whole second rollout
@@ -554,6 +635,11 @@ def test_ranks_that_do_not_fit_together_are_told_so(two: Two) -> None:
             )
         assert "ranks hold different weights" in each["meddled"]
         assert each["meddled"].startswith("RankError")
+        for problem in each["VecNormalize"]:
+            assert problem.startswith("ArgumentError: `env (VecNormalize)` must be the same on all ranks, got [")
+        assert each["VecNormalize"][1].startswith(
+            "ArgumentError: `env (VecNormalize)` must be the same on all ranks, got ['None', "
+        )
         assert each["n_steps"].startswith("ArgumentError: `batch_size` must be such that every rank has a transition for each")
 
 
@@ -613,7 +699,7 @@ def resumable(ranks: Ranks, folder: Path, how: str) -> dict[str, Any]:
     """Six iterations; rank 1 gets a signal in the fifth, where two checkpoints have been written."""
     callback = ResumableCheckpointCallback(32 * 2, folder / "checkpoints", ranks.name_prefix)
     path = ranks.latest_checkpoint(folder / "checkpoints")
-    env = make_vec_env("Pendulum-v1", 2)
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2), norm_obs=False)
     if path is None:
         model: Any = PPOPenalty("MlpPolicy", env, policy_kwargs=TINY, **SMALL)
         left, callbacks = 6 * 128, [callback]
@@ -634,7 +720,14 @@ def resumable(ranks: Ranks, folder: Path, how: str) -> dict[str, Any]:
     message = outcome_of(lambda: model.learn(left, [*callbacks, Keep()], reset_num_timesteps=path is None))
     end = state_of(model)
     model.save(folder / f"after_{ranks.rank}")
-    found = {"message": message, "seconds": time.monotonic() - begun, "end": end, "good": alike(states[-1], end), "left": left}
+    found = {
+        "returns": numbers_of(env.ret_rms),
+        "message": message,
+        "seconds": time.monotonic() - begun,
+        "end": end,
+        "good": alike(states[-1], end),
+        "left": left,
+    }
     return {**found, "path": path and path.name, "steps": model.num_timesteps, "noise": th.rand(3), "numpy": np.random.rand(3)}
 
 
@@ -663,6 +756,7 @@ def test_a_killed_rank_fails_the_others_and_the_last_checkpoint_resumes(whole: l
         assert alike(found["end"], expected["end"])
         assert th.equal(found["noise"], expected["noise"])
         np.testing.assert_array_equal(found["numpy"], expected["numpy"])
+        assert found["returns"] == expected["returns"] != (0.0, 1.0, 1e-4)
     assert not th.equal(whole[0]["noise"], whole[1]["noise"])
 
 
