@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,6 +18,9 @@ import pytest
 import rl_zoo3
 import torch as th
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from stable_baselines3 import PPO
 
 from sb3_ppo_penalty import PPOPenalty, zoo
@@ -64,12 +67,20 @@ def test_iqm_is_the_mean_of_the_middle_half() -> None:
 
 
 def test_iqm_interval_holds_95_percent_of_the_resampled_means() -> None:
-    # Two seeds, 0 and 1: a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4
-    assert statistics.iqm_interval([0, 1]) == (0, 1)
+    # Three seeds, 0, 0 and 3: a resample's mean is 0, 1, 2 or 3 with probability 8/27, 12/27, 6/27 and 1/27
+    assert statistics.iqm_interval([0, 0, 3]) == (0, 3)
     assert statistics.iqm_interval([7, 7, 7]) == (7, 7)
-    assert all(math.isnan(end) for end in statistics.iqm_interval([7]))
-    low, high = statistics.iqm_interval([[0.0, 5.0], [1.0, 5.0]], axis=0)
-    assert (low.tolist(), high.tolist()) == ([0, 5], [1, 5])
+    low, high = statistics.iqm_interval([[0.0, 5.0], [0.0, 5.0], [3.0, 5.0]], axis=0)
+    assert (low.tolist(), high.tolist()) == ([0, 5], [3, 5])
+
+
+@pytest.mark.parametrize("seeds", [[7], [7, 9]])
+def test_below_three_seeds_there_is_no_interval(seeds: list[int]) -> None:
+    assert all(math.isnan(end) for end in statistics.iqm_interval(seeds))
+    assert all(math.isnan(end) for end in statistics.improvement_interval(seeds, [1, 2, 3, 4]))
+    assert all(math.isnan(end) for end in statistics.improvement_interval([1, 2, 3, 4], seeds))
+    low, high = statistics.iqm_interval([seeds, seeds], axis=1)
+    assert np.isnan([low, high]).tolist() == [[True, True], [True, True]]
 
 
 def test_iqm_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -85,8 +96,8 @@ def test_probability_of_improvement_counts_pairs() -> None:
     assert statistics.probability_of_improvement([1, 1], [2, 2, 2]) == 0
     assert statistics.probability_of_improvement([2, 2], [2, 2, 2]) == 0.5
     assert statistics.improvement_interval([3, 4, 5], [0, 1, 2]) == (1, 1)
-    # One pair of seeds each: a resample pairs 1 or 3 with 2 or 2, so every probability between 0 and 1 is likely
-    assert statistics.improvement_interval([1, 3], [2, 2]) == (0, 1)
+    # A resample of 1, 1 and 3 has no, one, two or three 3s, which beat 2, with probability 8/27, 12/27, 6/27 and 1/27
+    assert statistics.improvement_interval([1, 1, 3], [2, 2, 2]) == (0, 1)
 
 
 def test_steps_to_threshold_is_the_first_evaluation_that_reaches_it() -> None:
@@ -95,7 +106,14 @@ def test_steps_to_threshold_is_the_first_evaluation_that_reaches_it() -> None:
 
 
 def test_mean_over_training_is_the_area_per_step() -> None:
-    assert statistics.mean_over_training([0, 10, 30], [0, 2, 2]) == 5 / 3  # a triangle of 10 and a rectangle of 40, over 30
+    assert statistics.mean_over_training([0, 10, 30], [0, 2, 2], until=30) == 5 / 3  # a triangle of 10, a rectangle of 40
+
+
+def test_mean_over_training_ends_at_the_same_step_for_all() -> None:
+    # The line 0, 1, 2, ... up to 20 has the mean 10, whether its last evaluation was made at 20 or some steps later
+    assert statistics.mean_over_training([0, 10, 20], [0, 10, 20], until=20) == 10
+    assert statistics.mean_over_training([0, 16, 32], [0, 16, 32], until=20) == 10
+    assert statistics.mean_over_training([0, 10], [0, 10], until=20) == 5  # a run that ended early
 
 
 # ------------------------------------------------------------------------------------------------------------ what is to run
@@ -422,7 +440,7 @@ def test_the_report_has_the_table_the_pictures_and_where_it_comes_from(study) ->
     means = rows.groupby("algo")["final_return"].mean()  # of two seeds the IQM is the mean
     for algo, mean in means.items():
         assert f"| {algo}" in text
-        assert f"{mean:,.1f} [" in text
+        assert f"| {mean:,.1f} " in text
         assert f"{-137.6 - mean:,.1f}" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (study["out"] / picture).read_bytes().startswith(b"\x89PNG")
@@ -431,6 +449,17 @@ def test_the_report_has_the_table_the_pictures_and_where_it_comes_from(study) ->
     assert "seeds 0, 1, 600 environment steps" in text
     assert "python -m sb3_ppo_penalty compare --algos ppo_penalty ppo --seeds 2" in text
     assert "target_kl: 0.02" in text
+
+
+def test_two_seeds_get_neither_intervals_nor_a_probability(study) -> None:
+    table = (study["out"] / "report.md").read_text().split("## Result")[1].split("\n\n")[1]
+    assert "[" not in table
+    row = next(line for line in table.splitlines() if line.startswith("| ppo_penalty"))
+    header = next(line for line in table.splitlines() if "P(better than ppo)" in line)
+    cells = dict(zip(header.split("|"), row.split("|"), strict=True))
+    assert cells[" P(better than ppo) "].strip() == report.NONE
+    for text in ((study["out"] / "report.md").read_text(), study["said"]):
+        assert "Fewer than 3 seeds: ppo_penalty (2), ppo (2)." in text
 
 
 # ------------------------------------------------------------------------------------------------------ runs that fail
@@ -518,6 +547,45 @@ def test_a_finished_run_is_never_overwritten(tmp_path: Path, monkeypatch) -> Non
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
 
 
+# ----------------------------------------------------------------------------------- evaluations between the due steps
+
+
+#: One of them steps three environments at a time and the other four
+UNEVEN = {"ppo": 3, "ppo_clip": 4}
+
+
+@pytest.fixture(name="uneven", scope="module")
+def make_uneven(tmp_path_factory) -> results.Results:
+    """Evaluations are due at 0, 2, 4, ... 24, more often than any of the two algorithms makes a step."""
+    out = tmp_path_factory.mktemp("uneven")
+    work = grid.Task("CartPole-v1", 25, eval_freq=2, n_eval_episodes=2, device="cpu", gym_packages=())
+    small = {"policy": "MlpPolicy", "n_timesteps": 25, "n_steps": 4, "batch_size": 4, "n_epochs": 1}
+    runs = [grid.Run(algo, 0, {**small, "n_envs": n_envs}, work, {}) for algo, n_envs in UNEVEN.items()]
+    for run in runs:
+        perform(run, out / "runs" / run.name)
+    return results.read(runs, out, threshold=0.0)
+
+
+@pytest.mark.parametrize(("algo", "steps"), [("ppo", [*range(0, 25, 3)]), ("ppo_clip", [*range(0, 25, 4)])])
+def test_a_curve_stands_at_the_steps_at_which_it_was_evaluated(algo: str, steps: list[int], uneven) -> None:
+    curve = results.curves_of(uneven, algo)
+    assert curve.index.tolist() == steps
+    row = uneven.runs.set_index("algo").loc[algo]
+    assert row["return_over_training"] == pytest.approx(np.trapezoid(curve[0], steps) / 24)
+    assert row["steps_to_threshold"] == 0
+
+
+def test_curves_of_other_numbers_of_environments_are_drawn_together(uneven, tmp_path: Path) -> None:
+    work = grid.Task("CartPole-v1", 25, eval_freq=2, n_eval_episodes=2, device="cpu", gym_packages=())
+    settings = {algo: grid.Settings({"n_envs": n_envs}, "made up") for algo, n_envs in UNEVEN.items()}
+    comparison = grid.Comparison(grid.plan(settings, work, range(1)), work, settings, tmp_path, None, None, "made up")
+    lines = plots.learning_curves(comparison, uneven).axes[0].get_lines()
+    assert [line.get_xdata().tolist() for line in lines] == [[*range(0, 25, 3)], [*range(0, 25, 4)]]
+    above, below = plots.divergence(comparison, uneven).axes
+    assert above.get_lines()[0].get_xdata().tolist() == [12, 24, 36]  # rollouts of three environments and four steps
+    assert above.get_xlim() == below.get_xlim() == (0, 36)
+
+
 # ------------------------------------------------------------------------------------------------- tables and pictures
 
 
@@ -578,6 +646,123 @@ def test_the_pictures_show_the_figures(made_up) -> None:
     assert [label.get_text() for label in finals.get_yticklabels()] == ["ppo_penalty", "ppo"]
 
 
+def test_seeds_of_different_length_are_averaged_where_all_were_evaluated(made_up) -> None:
+    _, found = made_up
+    ended_early = (found.curves["seed"] == 3) & (found.curves["steps"] == 100)
+    shorter = found._replace(curves=found.curves[~ended_early])
+    assert results.curves_of(shorter, "ppo").index.tolist() == [0, 50]
+    assert results.curves_of(found, "ppo").index.tolist() == [0, 50, 100]
+
+
+def with_seeds(found: results.Results, algo: str, count: int) -> results.Results:
+    """The same with fewer seeds of one algorithm."""
+    return results.Results(*(frame[(frame["algo"] != algo) | (frame["seed"] < count)] for frame in found))
+
+
+@pytest.mark.parametrize("few", [1, 2])
+@pytest.mark.parametrize("algo", ["ppo", "ppo_penalty"])
+def test_few_seeds_of_either_leave_no_probability_and_no_interval(algo: str, few: int, made_up) -> None:
+    comparison, found = made_up
+    found = with_seeds(found, algo, few)
+    figures = results.summary(found, comparison.optimum)
+    assert figures.loc[algo, [name for name in figures if name.endswith(("_low", "_high"))]].isna().all()
+    assert figures["improvement"].isna().all()
+    (caveat,) = report.caveats(found)
+    assert caveat.startswith(f"Fewer than 3 seeds: {algo} ({few}). Where these are concerned there are neither intervals")
+    said = f"IQM over {few} to 4 seeds with its 95 % bootstrap interval where there are 3 seeds"
+    assert plots.over_seeds(found) == said
+    panels = plots.intervals(comparison, found).axes
+    assert [panel.get_title() for panel in panels] == ["final return", "return over training"]
+    assert [len(panel.patches) for panel in panels] == [1, 1]  # the other algorithm's interval
+    curves = plots.learning_curves(comparison, found)
+    assert [len(panel.collections) for panel in curves.axes] == [1, 1]
+
+
+def test_three_seeds_have_both(made_up) -> None:
+    comparison, found = made_up
+    found = with_seeds(with_seeds(found, "ppo", 3), "ppo_penalty", 3)
+    assert results.summary(found, comparison.optimum).loc["ppo_penalty"].notna().all()
+    assert report.caveats(found) == []
+    assert len(plots.intervals(comparison, found).axes) == 3
+
+
+#: Names and figures of twelve algorithms
+CROWD = ["ppo", "ppo_penalty", "ppo_clip", "trpo", "ppo_document", "ppo+a", "ppo_clip+b", "trpo+c", "ppo_penalty+0.1"]
+CROWD += ["ppo_penalty+truncated-at-two-with-guard-rollback", "ppo_penalty+per-state_cutoff.1000", f"ppo+{'x' * 60}"]
+
+
+def crowd(algos: list[str], seeds: int, out: Path) -> tuple[grid.Comparison, results.Results]:
+    """A comparison of many algorithms, with figures of some length."""
+    settings = {algo: grid.Settings({}, "made up") for algo in algos}
+    work = grid.Task("Pendulum-v1", 112_500, eval_freq=22_500, n_eval_episodes=9, device="cpu", gym_packages=())
+    comparison = grid.Comparison(grid.plan(settings, work, range(seeds)), work, settings, out, -200.0, None, "made up")
+    runs, curves, updates = [], [], []
+    for place, algo in enumerate(algos):
+        for seed in range(seeds):
+            whose = {"algo": algo, "seed": seed}
+            final = -150.0 - 10 * place - seed
+            runs.append({**whose, "env": work.env, "final_return": final, "return_over_training": 1.33 * final - 106.5})
+            runs[-1] |= {"steps_to_threshold": math.inf, "steps_per_second": 1000.0}
+            curves += [{**whose, "steps": 22_500 * k, "return": final - 200 * (5 - k)} for k in range(6)]
+            figures = {"train/kl": 0.01, "train/clip_fraction": 0.1, "train/effective_sample_size": 0.9 + 0.01 * seed}
+            figures |= {"train/kl_coef": 1.1, "train/kl_min": 0.005, "train/kl_max": 0.02}
+            updates += [{**whose, "time/total_timesteps": 22_500 * k, **figures} for k in range(1, 6)]
+    return comparison, results.Results(*map(pd.DataFrame, (runs, curves, updates)))
+
+
+def texts_of(figure: Figure) -> list[tuple[str, Bbox]]:
+    """What is written in a picture, and where; ticks outside an axis are not drawn."""
+    undrawn = {tick.label2 for axes in figure.axes for axis in axes._axis_map.values() for tick in axis.get_major_ticks()}
+    for axes in figure.axes:
+        for axis in axes._axis_map.values():
+            low, high = sorted(axis.get_view_interval())
+            undrawn |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in undrawn]
+    return [(text.get_text(), text.get_window_extent()) for text in texts]
+
+
+@pytest.mark.parametrize(("n_algos", "seeds"), [(2, 1), (5, 10), (12, 2)])
+def test_no_text_in_a_picture_covers_another_or_is_cut_off(n_algos: int, seeds: int, tmp_path: Path, monkeypatch) -> None:
+    comparison, found = crowd(CROWD[-n_algos:], seeds, tmp_path)
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.update({path.name: figure}))
+    plots.draw(comparison, found)
+    for name, figure in drawn.items():
+        figure.draw_without_rendering()
+        texts = texts_of(figure)
+        covered = [(a, b) for (a, x), (b, y) in combinations(texts, 2) if Bbox.intersection(x, y) is not None]
+        assert covered == [], name
+        width, height = figure.bbox.size
+        assert [text for text, box in texts if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height] == [], name
+        if name != "importance_weights.png":
+            written = "".join(text for text, _ in texts).replace("\n", "")
+            assert all(algo in written for algo in CROWD[-n_algos:]), name
+    assert len(drawn) == 4
+
+
+def test_a_long_name_is_broken_between_its_words() -> None:
+    assert plots.wrap("ppo_penalty+dual") == "ppo_penalty+dual"
+    assert plots.wrap("ppo_penalty+truncated-at-two_with.guard") == "ppo_penalty+truncated-\nat-two_with.guard"
+    assert plots.wrap("ppo+" + "x" * 30) == f"ppo+\n{'x' * 22}\n{'x' * 8}"
+
+
+@pytest.mark.parametrize("optimum", [None, -137.6])
+def test_the_close_up_never_shows_more_than_all(optimum: float | None) -> None:
+    bad = np.array([-1250.0, -1280, -1300, -1310, -1320, -1330])
+    # The last third is -1320 to -1330, the optimum far away
+    assert plots.close_up([bad], optimum) == pytest.approx((-1330 - 0.15 * 13.2, -1320 + 0.15 * 13.2))
+
+
+def test_the_close_up_shows_the_end_of_the_better_half_and_an_optimum_that_is_near() -> None:
+    good, fair = np.linspace(-1300, -140, 30), np.linspace(-1300, -300, 30)
+    low, high = plots.close_up([good, fair], optimum=-137.6)
+    # From the middle of both at two thirds of the steps to the optimum, and some room
+    bottom = (good[20] + fair[20]) / 2
+    assert (low, high) == pytest.approx((bottom - 0.45 * (-137.6 - bottom), -137.6 + 0.15 * (-137.6 - bottom)))
+    flat = np.full(30, 500.0)
+    assert plots.close_up([flat], optimum=None) == pytest.approx((499.25, 500.75))
+
+
 def test_the_document_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None:
     _, found = made_up
     found.runs["algo"] = found.runs["algo"].replace("ppo_penalty", "ppo_document")
@@ -590,5 +775,7 @@ def test_a_single_algorithm_with_a_single_seed_is_reported_too(made_up) -> None:
     comparison, found = made_up
     one = results.Results(*(frame[(frame["algo"] == "ppo") & (frame["seed"] == 0)] for frame in found))
     report.write(comparison, one, {})
-    assert "| ppo       | -170.0       | -170.0" in (comparison.out / "report.md").read_text()
+    text = (comparison.out / "report.md").read_text()
+    assert "| ppo       | -170.0       | -170.0" in text
+    assert "Evaluation during training: a single seed, without an interval. Right: the same, close up." in text
     assert sorted(path.name for path in comparison.out.glob("*.png")) == sorted(plots.draw(comparison, one))

@@ -41,8 +41,8 @@ variants:
 
 how much:
   The plain command is a first look: {FIRST_LOOK[0]} seeds, {FIRST_LOOK[1]:,} steps, so that it ends within five minutes on two
-  cores. So few seeds say little about the spread: what one may quote is --full, {FULL[0]} seeds of {FULL[1]:,} steps,
-  about half an hour on two cores.
+  cores. So few seeds say little about the spread, and fewer than three get no intervals: what one may quote is
+  --full, {FULL[0]} seeds of {FULL[1]:,} steps, about half an hour on two cores.
 
 what comes out:
   --out gets report.md, results.csv, the plots, and a folder for each finished run. The same command again, after it was
@@ -241,7 +241,7 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     :return: exit code: 1 if a run failed
     """
     from sb3_ppo_penalty.study.execution import execute, is_finished
-    from sb3_ppo_penalty.study.report import table, write
+    from sb3_ppo_penalty.study.report import caveats, table, write
     from sb3_ppo_penalty.study.results import read
 
     done = sum(is_finished(run, comparison.out) for run in comparison.runs)
@@ -250,7 +250,9 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     results = read(comparison.runs, comparison.out, comparison.threshold)
     if results.algos:
         write(comparison, results, errors)
-        say(f"\n{table(comparison, results)}\n{comparison.out / 'report.md'} has the plots and says how to read this.")
+        warnings = [f"Warning: {text}\n" for text in caveats(results)]
+        say("\n".join(["", table(comparison, results), *warnings]))
+        say(f"{comparison.out / 'report.md'} has the plots and says how to read this.")
     if errors:
         say(f"{len(errors)} of {len(comparison.runs)} runs failed: {', '.join(errors)}. The same command tries them again.")
     return 1 if errors else 0

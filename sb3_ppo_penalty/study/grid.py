@@ -76,6 +76,11 @@ class Task:
     device: str
     gym_packages: tuple[str, ...]
 
+    @property
+    def last_eval(self) -> int:
+        """Environment steps at which the last evaluation during training is due."""
+        return self.n_timesteps // self.eval_freq * self.eval_freq
+
 
 @dataclass(frozen=True)
 class Run:

@@ -1,6 +1,7 @@
 """The report's pictures."""
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from sb3_ppo_penalty.study.algorithms import BASELINE
 from sb3_ppo_penalty.study.grid import Comparison
-from sb3_ppo_penalty.study.results import Results, summary, updates_of
-from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
+from sb3_ppo_penalty.study.results import Results, curves_of, summary, updates_of
+from sb3_ppo_penalty.study.run import TOTAL_STEPS
+from sb3_ppo_penalty.study.statistics import MIN_SEEDS, iqm, iqm_interval
 
 #: Colour and marker
 Look = tuple[str, str]
@@ -40,11 +43,17 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "savefig.dpi": 200,
+    # What is measured must be what is written
+    "figure.dpi": 200,
+    "savefig.dpi": "figure",
 }
 #: Divergences by what is logged, exact ones first: (column, how it was measured)
 DIVERGENCES = (("train/kl", "exact"), ("train/approx_kl", "SB3's estimate"), ("train/kl_divergence_loss", "TRPO's own"))
 WIDTH = 7.2
+#: Columns of a legend, where they fit
+LEGEND_COLUMNS = 4
+#: Characters of a name on one line, and inches that a line of a name takes
+NAME_WIDTH, LINE_HEIGHT = 22, 0.15
 
 
 def looks(algos: Sequence[str]) -> dict[str, Look]:
@@ -53,7 +62,8 @@ def looks(algos: Sequence[str]) -> dict[str, Look]:
     :return: an algorithm's own look, and for each variant one that nobody else in the comparison has
     """
     free = [look for algo, look in LOOKS.items() if algo not in algos]
-    spare = itertools.chain(free, itertools.product(VARIANT_COLORS, VARIANT_MARKERS))
+    variants = ((color, marker) for marker in VARIANT_MARKERS for color in VARIANT_COLORS)
+    spare = itertools.chain(free, variants)
     return {algo: LOOKS[algo] if algo in LOOKS else next(spare) for algo in algos}
 
 
@@ -63,14 +73,10 @@ def draw(comparison: Comparison, results: Results) -> dict[str, str]:
     :param results: what there is of it
     :return: caption by file name
     """
-    seeds = results.runs.groupby("algo").size()
-    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    over = over_seeds(results)
     pictures: dict[str, tuple[Callable[[Comparison, Results], Figure], str]] = {
-        "intervals.png": (intervals, "IQM over seeds, its 95 % bootstrap interval, and every seed as a dot."),
-        "learning_curves.png": (
-            learning_curves,
-            f"Evaluation during training: IQM over {count} seeds with its 95 % bootstrap interval. Right: the same, close up.",
-        ),
+        "intervals.png": (intervals, f"After training, and over it: {over}. Every seed is a dot."),
+        "learning_curves.png": (learning_curves, f"Evaluation during training: {over}. Right: the same, close up."),
         "kl.png": (
             divergence,
             "Above: KL(old || new) of each update, IQM over seeds, thin lines single seeds; the band is ppo_penalty's "
@@ -89,9 +95,78 @@ def draw(comparison: Comparison, results: Results) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         for name, (picture, caption) in pictures.items():
             figure = picture(comparison, results)
+            separate_ticks(figure)
             figure.savefig(comparison.out / name)
             captions[name] = caption
     return captions
+
+
+def over_seeds(results: Results) -> str:
+    """
+    Say over how many seeds the figures are, and whether they have intervals.
+
+    :param results: of the comparison
+    :return: for a caption
+    """
+    seeds = results.runs.groupby("algo").size()
+    low, high = seeds.min(), seeds.max()
+    if high == 1:
+        return "a single seed, without an interval"
+    count = f"{low}" if low == high else f"{low} to {high}"
+    if high < MIN_SEEDS:
+        return f"IQM over {count} seeds, too few for an interval"
+    few = f" where there are {MIN_SEEDS} seeds" if low < MIN_SEEDS else ""
+    return f"IQM over {count} seeds with its 95 % bootstrap interval{few}"
+
+
+def wrap(name: str) -> str:
+    """
+    Break a long name into lines, after a sign between two words where it has one.
+
+    :param name: of an algorithm or of a variant
+    :return: lines of at most :data:`NAME_WIDTH` characters
+    """
+    most = f".{{1,{NAME_WIDTH}}}"
+    return "\n".join(re.findall(rf"{most}(?:(?<=[+_.-])|$)|{most}", name))
+
+
+def separate_ticks(figure: Figure) -> None:
+    """
+    Take fewer ticks on horizontal axes whose labels would run into each other.
+
+    :param figure: complete
+    """
+    crowded = figure.axes
+    for n_intervals in (6, 5, 4, 3, 2, 1):
+        # Matplotlib's own choice takes three characters for the width of every label
+        for axes in crowded:
+            axes.xaxis.set_major_locator(MaxNLocator(n_intervals, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
+        figure.draw_without_rendering()
+        crowded = [axes for axes in figure.axes if _overlap(_tick_boxes(axes))]
+        if not crowded:
+            return
+
+
+def _tick_boxes(axes: Axes) -> list[Bbox]:
+    """
+    Measure the labels of a horizontal axis.
+
+    :param axes: drawn
+    :return: where they are, from left to right
+    """
+    low, high = sorted(axes.get_xlim())
+    labels = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return sorted((label.get_window_extent() for label in labels if label.get_visible()), key=lambda box: box.x0)
+
+
+def _overlap(boxes: Sequence[Bbox]) -> bool:
+    """
+    Find out whether labels stand too close to be read.
+
+    :param boxes: from left to right, in pixels
+    :return: whether less than a third of a line's height is between any two neighbours
+    """
+    return any(right.x0 - left.x1 < left.height / 3 for left, right in itertools.pairwise(boxes))
 
 
 def _thousands(value: float, _: int) -> str:
@@ -120,15 +195,21 @@ def _steps_axis(axes: Axes, limit: float) -> None:
     axes.set_xlabel("environment steps")
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     """
-    :param figure: gets one legend under its panels
+    Put one legend under the panels, in as many columns as there is room for, and make the figure higher by it.
+
+    :param figure: has its panels
     :param axes: where the labelled lines are
-    :param columns: of the legend at most
     """
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
+    for columns in range(min(len(entries), LEGEND_COLUMNS), 0, -1):
+        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+        size = legend.get_window_extent()
+        if size.width <= figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+            return
+        legend.remove()
 
 
 def _line(axes: Axes, frame: pd.DataFrame, look: Look, label: str, single_seeds: bool = False) -> None:
@@ -147,7 +228,7 @@ def _line(axes: Axes, frame: pd.DataFrame, look: Look, label: str, single_seeds:
     axes.plot(x, iqm(values, axis=1), color=color, marker=marker, markevery=(every // 2, every), ms=4, label=label, zorder=3)
     if single_seeds:
         axes.plot(x, values, color=color, linewidth=0.5, alpha=0.35)
-    elif values.shape[1] > 1:
+    elif values.shape[1] >= MIN_SEEDS:
         axes.fill_between(x, *iqm_interval(values, axis=1), color=color, alpha=0.18, linewidth=0)
 
 
@@ -168,12 +249,12 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
     :param results: what there is of it
     :return: return over steps, whole and near the end
     """
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     whole, close = figure.subplots(1, 2)
-    frames = {algo: rows.pivot_table(index="steps", columns="seed", values="return") for algo, rows in _by_algo(results)}
+    frames = {algo: curves_of(results, algo) for algo in results.algos}
     for axes in (whole, close):
         for algo, frame in frames.items():
-            _line(axes, frame, looks(results.algos)[algo], algo)
+            _line(axes, frame, looks(results.algos)[algo], wrap(algo))
         _reference_lines(axes, comparison)
         if comparison.threshold is not None:
             axes.axhline(
@@ -183,36 +264,35 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
                 linestyle=":",
                 label=f"threshold {_minus(comparison.threshold)}",
             )
-        _steps_axis(axes, comparison.task.n_timesteps)
+        _steps_axis(axes, max(comparison.task.n_timesteps, results.curves["steps"].max()))
     whole.set_ylabel("mean return of an evaluation")
     whole.set_title(comparison.task.env)
     middles = {algo: iqm(frame.to_numpy(), axis=1) for algo, frame in frames.items()}
-    low, high = _close_up(list(middles.values()), comparison.optimum)
-    close.set_ylim(low, high)
+    close.set_ylim(close_up(list(middles.values()), comparison.optimum))
     close.set_title("close up")
     _legend_below(figure, [whole])
     return figure
 
 
-def _by_algo(results: Results) -> list[tuple[str, pd.DataFrame]]:
+def close_up(curves: Sequence[np.ndarray[Any, Any]], optimum: float | None) -> tuple[float, float]:
     """
-    :param results: of the comparison
-    :return: evaluations of each algorithm, in the comparison's order
-    """
-    return [(algo, results.curves[results.curves["algo"] == algo]) for algo in results.algos]
+    Choose limits that show the last third of the better half of the algorithms, and never more than all there is.
 
+    The optimum is shown where it is no further above the curves than these are apart: a distant one would flatten them.
 
-def _close_up(curves: Sequence[np.ndarray[Any, Any]], optimum: float | None) -> tuple[float, float]:
-    """
     :param curves: IQM over steps
     :param optimum: best possible return, if known
-    :return: limits that show the last third of the better half of the algorithms
+    :return: lower and upper limit, in the unit of the returns
     """
     ends = [curve[-max(len(curve) // 3, 1) :] for curve in curves]
-    top = max([*(end.max() for end in ends), *([optimum] if optimum is not None else [])])
-    bottom = float(np.median([end.min() for end in ends]))
-    margin = 0.15 * max(top - bottom, 1e-9 * max(abs(top), 1.0))
-    return bottom - 3 * margin, top + margin
+    top, bottom = float(max(end.max() for end in ends)), float(np.median([end.min() for end in ends]))
+    lowest, highest = float(min(curve.min() for curve in curves)), float(max(curve.max() for curve in curves))
+    # Curves that have met, or that never move, leave no height of their own
+    height = max(top - bottom, 0.02 * (highest - lowest), 0.01 * abs(top), 0.01)
+    if optimum is not None and 0 <= optimum - top <= height:
+        top = highest = max(highest, optimum)
+    margin = 0.15 * max(top - bottom, height)
+    return max(bottom - 3 * margin, lowest - margin), min(top + margin, highest + margin)
 
 
 def divergence(comparison: Comparison, results: Results) -> Figure:
@@ -221,13 +301,13 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
     :param results: what there is of it
     :return: divergence of each update against the thresholds, and the coefficient that follows
     """
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for algo, look in looks(results.algos).items():
         measured = ((updates_of(results, algo, column), said) for column, said in DIVERGENCES)
         frame, said = next(((frame, said) for frame, said in measured if len(frame)), (pd.DataFrame(), ""))
         if len(frame):
-            _line(above, frame, look, f"{algo} ({said})", single_seeds=True)
+            _line(above, frame, look, f"{wrap(algo)} ({said})", single_seeds=True)
         coefficients = updates_of(results, algo, "train/kl_coef")
         if len(coefficients):
             _line(below, coefficients, look, algo, single_seeds=True)
@@ -244,10 +324,21 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
         else:
             _nothing(axes)
     above.set_title(comparison.task.env)
-    _steps_axis(below, comparison.task.n_timesteps)
+    _steps_axis(below, _last_update(comparison, results))
     above.set_xlabel("")
-    _legend_below(figure, [above], columns=3)
+    _legend_below(figure, [above])
     return figure
+
+
+def _last_update(comparison: Comparison, results: Results) -> float:
+    """
+    Find out where training ended: a run goes on to the end of the rollout that reaches its steps.
+
+    :param comparison: what was asked for
+    :param results: what there is of it
+    :return: environment steps at the last update of all
+    """
+    return float(max(comparison.task.n_timesteps, results.updates[TOTAL_STEPS].max()))
 
 
 def _nothing(axes: Axes) -> None:
@@ -261,16 +352,16 @@ def importance_weights(comparison: Comparison, results: Results) -> Figure:
     :param results: what there is of it
     :return: clip fraction and effective sample size of each update
     """
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     panels = figure.subplots(1, 2)
     columns = (("train/clip_fraction", "clip fraction"), ("train/effective_sample_size", "effective sample size / batch"))
     for axes, (column, label) in zip(panels, columns, strict=True):
         for algo, look in looks(results.algos).items():
             frame = updates_of(results, algo, column)
             if len(frame):
-                _line(axes, frame, look, algo)
+                _line(axes, frame, look, wrap(algo))
         axes.set_title(label)
-        _steps_axis(axes, comparison.task.n_timesteps)
+        _steps_axis(axes, _last_update(comparison, results))
         if not axes.lines:
             _nothing(axes)
     panels[0].set_ylim(bottom=0)
@@ -287,9 +378,12 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
     """
     figures = summary(results, comparison.optimum)
     columns = [("final_return", "final return"), ("return_over_training", "return over training")]
-    if "improvement" in figures:
+    compared = "improvement" in figures and figures["improvement"].notna().any()
+    if compared:
         columns.append(("improvement", f"P(better than {BASELINE})"))
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.32 * len(figures)), layout="constrained")
+    names = [wrap(algo) for algo in figures.index]
+    height = max(0.32, LINE_HEIGHT * max(1 + name.count("\n") for name in names) + 0.05)
+    figure = Figure(figsize=(WIDTH, 0.9 + height * len(figures)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True)
     for axes, (name, title) in zip(panels, columns, strict=True):
         axes.set_title(title)
@@ -314,9 +408,9 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
                     seeds, [height] * len(seeds), "o", color=color, markersize=3, markeredgewidth=0.4, markeredgecolor="white"
                 )
     _reference_lines(panels[0], comparison, horizontal=False)
-    panels[0].set_yticks(range(len(figures)), figures.index)
+    panels[0].set_yticks(range(len(figures)), names)
     panels[0].invert_yaxis()
-    if "improvement" in figures:
+    if compared:
         panels[-1].axvline(0.5, color="black", linewidth=0.9, linestyle=":")
         panels[-1].set_xlim(-0.03, 1.03)
     return figure

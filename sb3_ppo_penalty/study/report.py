@@ -16,6 +16,7 @@ from sb3_ppo_penalty.study.algorithms import BASELINE, DOCUMENT
 from sb3_ppo_penalty.study.grid import Comparison, qualified_name
 from sb3_ppo_penalty.study.results import Results, summary
 from sb3_ppo_penalty.study.run import EVALUATION_ENVS, STARTS_SEED
+from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
 #: In a cell that has nothing to say
 NONE = "\N{EN DASH}"
@@ -148,6 +149,33 @@ steps each (a run ends with the rollout that reaches them)
 """
 
 
+def caveats(results: Results) -> list[str]:
+    """
+    Name what a reader of the table has to beware of.
+
+    :param results: what there is of the comparison
+    :return: sentences; none where there is nothing to beware of
+    """
+    return [text for text in (_few_seeds(results),) if text]
+
+
+def _few_seeds(results: Results) -> str:
+    """
+    Warn where there are too few seeds to tell a difference from chance.
+
+    :param results: what there is of the comparison
+    :return: a sentence; empty if every algorithm has enough seeds
+    """
+    seeds = results.runs.groupby("algo", sort=False).size()
+    few = [f"{algo} ({count})" for algo, count in seeds.items() if count < MIN_SEEDS]
+    if not few:
+        return ""
+    return (
+        f"Fewer than {MIN_SEEDS} seeds: {', '.join(few)}. Where these are concerned there are neither intervals nor a "
+        "P(better), and a difference may be chance."
+    )
+
+
 def reading(comparison: Comparison) -> str:
     """
     :param comparison: what was asked for
@@ -155,7 +183,7 @@ def reading(comparison: Comparison) -> str:
     """
     task, optimum, threshold = comparison.task, comparison.optimum, comparison.threshold
     lines = [
-        "Interquartile means (IQM) over seeds, in brackets 95 % bootstrap intervals over seeds.",
+        f"Interquartile means (IQM) over seeds, in brackets 95 % bootstrap intervals over seeds, from {MIN_SEEDS} seeds on.",
         f"**final return**: mean over {task.n_eval_episodes:,} episodes after training, with deterministic actions, on the "
         f"same starts for every run (seeds from {STARTS_SEED:,} on); **worst seed**: the lowest of them.",
     ]
@@ -167,14 +195,17 @@ def reading(comparison: Comparison) -> str:
     if any(run.algo == BASELINE for run in comparison.runs):
         lines.append(
             f"**P(better than {BASELINE})**: probability that a run ends with a higher return than one of stock PPO, a tie "
-            "counting half (Mann-Whitney)."
+            f"counting half (Mann-Whitney); from {MIN_SEEDS} seeds of both on."
         )
     if threshold is not None:
         lines.append(
             f"**steps to {threshold:g}**: environment steps at the first of the evaluations during training (every "
-            f"{task.eval_freq:,} steps, {min(EVALUATION_ENVS, task.n_eval_episodes)} episodes) whose mean reaches it."
+            f"{task.eval_freq:,} steps, {min(EVALUATION_ENVS, task.n_eval_episodes)} episodes) whose mean reaches it. An "
+            "evaluation is made as soon as a step of all environments is complete."
         )
-    lines.append("**return over training**: area under the learning curve divided by its length.")
+    lines.append(
+        f"**return over training**: area under the learning curve up to {task.last_eval:,} steps, divided by its length."
+    )
     lines.append("**steps/s**: of a run on one thread, without its evaluations, beside the others that ran at the same time.")
     if comparison.donor is not None:
         lines.append(
@@ -196,7 +227,9 @@ def write(comparison: Comparison, results: Results, errors: Mapping[str, str]) -
     parts = [
         f"# {comparison.task.env}: {', '.join(results.algos)}\n",
         origin(comparison, results),
-        f"## Result\n\n{table(comparison, results)}\n{reading(comparison)}\n",
+        f"## Result\n\n{table(comparison, results)}",
+        *(f"**{text}**\n" for text in caveats(results)),
+        f"{reading(comparison)}\n",
     ]
     for name, caption in plots.draw(comparison, results).items():
         parts.append(f"![{name}]({name})\n\n{caption}\n")

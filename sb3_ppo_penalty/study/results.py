@@ -13,6 +13,7 @@ from sb3_ppo_penalty.study.execution import RUNS, is_finished
 from sb3_ppo_penalty.study.grid import Run
 from sb3_ppo_penalty.study.run import BATCH_RETURN, EVALUATIONS, PROGRESS, RESULT, TOTAL_STEPS
 from sb3_ppo_penalty.study.statistics import (
+    MIN_SEEDS,
     Array,
     improvement_interval,
     iqm,
@@ -75,12 +76,11 @@ def _curve(run: Run, folder: Path) -> pd.DataFrame:
     """
     :param run: finished
     :param folder: its own
-    :return: its evaluations during training, at the steps at which they were due
+    :return: its evaluations during training, at the steps at which they were made: the first step of all environments at which
+        one is due, so that they lie further apart than ``--eval-freq`` where there are more environments than that
     """
     with np.load(folder / EVALUATIONS) as evaluations:
-        means = evaluations["results"].mean(axis=1)
-    # They are made up to one step of all environments later, which differs between numbers of environments
-    steps = run.task.eval_freq * np.arange(len(means))
+        steps, means = evaluations["timesteps"], evaluations["results"].mean(axis=1)
     return pd.DataFrame({"algo": run.algo, "seed": run.seed, "steps": steps, "return": means})
 
 
@@ -101,7 +101,7 @@ def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, thre
         "algo": run.algo,
         "seed": run.seed,
         "final_return": result["final_return"],
-        "return_over_training": mean_over_training(steps, returns),
+        "return_over_training": mean_over_training(steps, returns, run.task.last_eval),
         "steps_to_threshold": np.nan if threshold is None else steps_to_threshold(steps, returns, threshold),
         "last_batch_return": batches.iloc[-1] if len(batches) else np.nan,
         "best_batch_return": batches.max(),
@@ -112,24 +112,50 @@ def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, thre
     }
 
 
+def curves_of(results: Results, algo: str) -> pd.DataFrame:
+    """
+    Lay an algorithm's learning curves side by side.
+
+    :param results: of the comparison
+    :param algo: name of the algorithm
+    :return: a row for each number of environment steps at which every seed was evaluated, a column for each seed
+    """
+    rows = results.curves[results.curves["algo"] == algo]
+    return _side_by_side(rows, "steps", "return")
+
+
+def _side_by_side(rows: pd.DataFrame, index: str, column: str) -> pd.DataFrame:
+    """
+    Give each seed a column; steps that a seed lacks fall away, because a mean over fewer seeds is another figure.
+
+    :param rows: of one algorithm
+    :param index: name of the column with the environment steps
+    :param column: name of the column with the figure
+    :return: a row for each number of environment steps that all seeds have
+    """
+    return rows.pivot_table(index=index, columns="seed", values=column).dropna()
+
+
 def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
     """
     :param results: of the comparison
     :param algo: name of the algorithm
     :param column: of ``progress.csv``
-    :return: a row for each number of environment steps, a column for each seed; empty if the algorithm does not log it
+    :return: a row for each number of environment steps at which every seed made an update, a column for each seed; empty if
+        the algorithm does not log it
     """
     if column not in results.updates:
         return pd.DataFrame()
     rows = results.updates[results.updates["algo"] == algo].dropna(subset=[column])
-    return rows.pivot_table(index=TOTAL_STEPS, columns="seed", values=column)
+    return _side_by_side(rows, TOTAL_STEPS, column)
 
 
 def summary(results: Results, optimum: float | None) -> pd.DataFrame:
     """
     :param results: of the comparison
     :param optimum: best possible mean return, None where it is not known
-    :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and what else the report's table has
+    :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and what else the report's table has; NaN for
+        intervals and the probability of improvement where there are fewer than :data:`~.statistics.MIN_SEEDS` seeds
     """
     return pd.DataFrame([_summary_row(results, algo, optimum) for algo in results.algos]).set_index("algo")
 
@@ -152,6 +178,7 @@ def _summary_row(results: Results, algo: str, optimum: float | None) -> dict[str
     row["steps_per_second"] = iqm(runs["steps_per_second"])
     if algo != BASELINE and BASELINE in results.algos:
         samples = results.final_returns(algo), results.final_returns(BASELINE)
+        better = probability_of_improvement(*samples) if min(map(len, samples)) >= MIN_SEEDS else np.nan
         low, high = improvement_interval(*samples)
-        row |= {"improvement": probability_of_improvement(*samples), "improvement_low": low, "improvement_high": high}
+        row |= {"improvement": better, "improvement_low": low, "improvement_high": high}
     return row

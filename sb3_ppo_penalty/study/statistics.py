@@ -13,11 +13,13 @@ Array = npt.NDArray[np.float64]
 #: Resamples of the seeds behind every interval
 RESAMPLES = 5000
 CONFIDENCE = 0.95
+#: Fewer say nothing of the spread: of one seed there is none, and two seeds' interval is the two seeds themselves
+MIN_SEEDS = 3
 
 
 class Interval(NamedTuple):
     """
-    :param low: lower end; NaN where a single sample allows none
+    :param low: lower end; NaN where a sample has fewer than :data:`MIN_SEEDS`
     :param high: upper end
     """
 
@@ -78,10 +80,10 @@ def _interval(statistic: Callable[..., Any], *samples: Array, axis: int = -1) ->
     :param statistic: takes the samples and ``axis``
     :param samples: resampled independently of each other
     :param axis: of the seeds
-    :return: NaN at both ends if there is a sample of a single seed, which says nothing of the spread
+    :return: NaN at both ends if a sample has fewer than :data:`MIN_SEEDS`
     """
-    if min(sample.shape[axis] for sample in samples) < 2:
-        unknown = np.full_like(statistic(*samples, axis=axis), np.nan)
+    if min(sample.shape[axis] for sample in samples) < MIN_SEEDS:
+        unknown = np.full_like(statistic(*samples, axis=axis), np.nan)[()]
         return Interval(unknown, unknown)
     generator = np.random.default_rng(0)
     method = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "rng": generator}
@@ -99,13 +101,18 @@ def steps_to_threshold(steps: npt.ArrayLike, returns: npt.ArrayLike, threshold: 
     return float(np.asarray(steps)[reached.argmax()]) if reached.any() else float("inf")
 
 
-def mean_over_training(steps: npt.ArrayLike, returns: npt.ArrayLike) -> float:
+def mean_over_training(steps: npt.ArrayLike, returns: npt.ArrayLike, until: float) -> float:
     """
     Area under the learning curve divided by its length: the average return during training.
 
     :param steps: of the evaluations, ascending, shape (evaluations,)
     :param returns: mean return of each evaluation, shape (evaluations,)
+    :param until: environment steps at which the area ends, between two evaluations on the line that joins them; runs whose
+        last evaluations differ by some steps are compared over the same part of training. A shorter curve ends where it ends
     :return: in the unit of the returns
     """
-    x = np.asarray(steps, dtype=np.float64)
-    return float(trapezoid(returns, x) / (x[-1] - x[0]))
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(returns, dtype=np.float64)
+    end = min(until, x[-1])
+    inside = x < end
+    x, y = np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
+    return float(trapezoid(y, x) / (end - x[0]))
