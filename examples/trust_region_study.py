@@ -118,6 +118,7 @@ def measured(comparison: grid.Comparison) -> pd.DataFrame:
     rows = results.summary(found, comparison.optimum)
     rows.insert(0, "env", comparison.task.env)
     rows["steps"] = comparison.task.n_timesteps
+    rows["source"] = found.runs.groupby("algo")["source"].agg(lambda digests: " ".join(sorted({*digests})))
     noisy = found.runs.groupby("algo")["last_batch_return"]
     rows["last_batch_return"] = noisy.apply(iqm).reindex(rows.index)
     ends = noisy.apply(iqm_interval).reindex(rows.index)
@@ -179,7 +180,9 @@ def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path)
     :param comparisons: that they come from
     :param out: folder for the summary
     """
-    versions = ", ".join(f"{name} {version}" for name, version in comparisons[0].runs[0].versions.items())
+    sources = " and ".join(sorted({*" ".join(rows["source"]).split()}))
+    made_with = {**comparisons[0].runs[0].versions, "source": sources}
+    versions = ", ".join(f"{name} {version}" for name, version in made_with.items())
     parts = [f"# How the policy is held\n\n{versions}\n"]
     for title, column in OVERVIEWS.items():
         parts.append(f"## {title}\n\n{overview(rows, column)}")

@@ -1,5 +1,6 @@
 """The comparison on a Ray cluster, a real one on this machine: the same results, as they finish, whatever dies."""
 
+import json
 import os
 import re
 import signal
@@ -215,6 +216,14 @@ def test_a_node_with_other_versions_does_not_spoil_the_comparison() -> None:
     assert "box3d missing instead of 7" in outcome.error
     assert "numpy" not in outcome.error
     assert files == {}
+
+
+def test_a_node_notes_its_own_source_beside_the_result(monkeypatch) -> None:
+    # An edit on the comparison's machine while it waits would else fail every run that is still to come
+    monkeypatch.setattr("sb3_ppo_penalty.study.run.source_digest", lambda: "0123456789")
+    outcome, files = cluster.perform_here(a_run(versions=grid.installed_versions()))
+    assert outcome.error == ""
+    assert json.loads(files["result.json"])["source"] == "0123456789"
 
 
 def test_what_a_run_has_written_comes_back_and_nothing_stays_on_the_node(tmp_path: Path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,17 +137,58 @@ def test_a_run_is_another_as_soon_as_anything_that_decides_its_result_is() -> No
         a_run(task=task(n_timesteps=601)),
         a_run(task=task("CartPole-v1")),
         a_run(versions={"torch": "3"}),
+        a_run(task=grid.Task("Pendulum-v1", 600, eval_freq=100, n_eval_episodes=10, device="cpu", gym_packages=())),
+        a_run(task=grid.Task("Pendulum-v1", 600, eval_freq=200, n_eval_episodes=11, device="cpu", gym_packages=())),
     ]
     names = [run.name.rpartition("-")[2] for run in (a_run(), *others)]
-    assert len(set(names)) == 7
+    assert len(set(names)) == 9
     assert a_run().name == a_run().name
     assert a_run(hyperparams={"a": 1, "b": 2}).name == a_run(hyperparams={"b": 2, "a": 1}).name
 
 
-def test_the_package_s_own_source_is_part_of_a_run_s_identity() -> None:
+@pytest.mark.parametrize("constant", ["STARTS_SEED", "EVALUATION_ENVS"])
+def test_how_runs_are_evaluated_is_part_of_their_identity(constant: str, monkeypatch) -> None:
+    name = a_run().name
+    monkeypatch.setattr(grid, constant, 7)
+    assert a_run().name != name
+
+
+def test_the_versions_that_decide_are_those_of_the_packages_and_of_the_environments() -> None:
     versions = grid.installed_versions()
     assert versions["torch"] == th.__version__
-    assert re.fullmatch("[0-9a-f]{10}", versions["source"])
+    assert "source" not in versions
+    assert set(grid.installed_versions(["lottery", "yaml.loader"])) - set(versions) == {"PyYAML"}
+
+
+@pytest.fixture(name="package")
+def make_package(tmp_path: Path) -> Path:
+    """A copy of the package, whose source can be changed."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(grid.__file__).parents[1], tmp_path / "sb3_ppo_penalty", ignore=ignored)
+
+
+@pytest.mark.parametrize("name", ["losses.py", "study/run.py", "zoo/search.py", "a_new_room/deeper/module.py"])
+def test_the_source_is_that_of_all_sub_packages(name: str, package: Path, monkeypatch) -> None:
+    monkeypatch.setattr(grid.sb3_ppo_penalty, "__file__", str(package / "__init__.py"))
+    digest = grid.source_digest.__wrapped__
+    run, before = a_run().name, digest()
+    (package / name).parent.mkdir(parents=True, exist_ok=True)
+    with (package / name).open("a") as file:
+        file.write("# a comment")
+    assert re.fullmatch("[0-9a-f]{10}", before)
+    assert digest() != before
+    assert a_run().name == run
+
+
+def test_moving_a_module_is_another_source_and_compiling_one_is_not(package: Path, monkeypatch) -> None:
+    monkeypatch.setattr(grid.sb3_ppo_penalty, "__file__", str(package / "__init__.py"))
+    digest = grid.source_digest.__wrapped__
+    before = digest()
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "losses.cpython-311.pyc").write_bytes(b"compiled")
+    assert digest() == before
+    (package / "losses.py").rename(package / "zoo" / "losses.py")
+    assert digest() != before
 
 
 def test_default_settings_are_the_tuned_entries() -> None:
@@ -449,6 +491,8 @@ def test_the_report_has_the_table_the_pictures_and_where_it_comes_from(study) ->
     assert "seeds 0, 1, 600 environment steps" in text
     assert "python -m sb3_ppo_penalty compare --algos ppo_penalty ppo --seeds 2" in text
     assert "target_kl: 0.02" in text
+    assert f"source of sb3_ppo_penalty (runs made with it): {grid.source_digest()} (4)" in text
+    assert "another source" not in text + study["said"]
 
 
 def test_two_seeds_get_neither_intervals_nor_a_probability(study) -> None:
@@ -460,6 +504,35 @@ def test_two_seeds_get_neither_intervals_nor_a_probability(study) -> None:
     assert cells[" P(better than ppo) "].strip() == report.NONE
     for text in ((study["out"] / "report.md").read_text(), study["said"]):
         assert "Fewer than 3 seeds: ppo_penalty (2), ppo (2)." in text
+
+
+def test_finished_runs_of_another_source_are_kept_and_named(study, package: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(study["out"], tmp_path / "out")
+    before = finished_files(out)
+    again = next((out / "runs").glob("ppo-seed1-*"))
+    shutil.rmtree(again)
+    with (package / "zoo" / "document.py").open("a") as file:
+        file.write("# a comment")
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    command = [*COMPARE, *WORDS, "--n-jobs", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = finished_files(out)
+    kept = {name for name in before if not name.startswith(f"runs/{again.name}/")}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    own = pd.read_csv(out / "results.csv").set_index("run")["source"]
+    assert (own.drop(again.name) == grid.source_digest()).all()
+    new = own[again.name]
+    assert new != grid.source_digest()
+    text = (out / "report.md").read_text()
+    assert f"source of sb3_ppo_penalty (runs made with it): {grid.source_digest()} (3), {new} (1)" in text
+    assert done.stdout.startswith("4 runs, 3 of them finished before")
+    warning = (
+        f"finished runs were made by another source of sb3_ppo_penalty ({grid.source_digest()}) than the present one ({new})"
+    )
+    assert f"Warning: 3 of 3 {warning}" in done.stdout  # before anything is performed
+    assert f"Warning: 3 of 4 {warning}" in done.stdout
+    assert f"**3 of 4 {warning}" in text
 
 
 # ------------------------------------------------------------------------------------------------------ runs that fail
@@ -599,7 +672,7 @@ def make_made_up(tmp_path: Path) -> tuple[grid.Comparison, results.Results]:
             reached = [20.0, 40.0, 40.0, math.inf][seed] if algo == "ppo_penalty" else math.inf
             row = {"env": "Pendulum-v1", "algo": algo, "seed": seed, "final_return": value, "return_over_training": 2 * value}
             row |= {"steps_to_threshold": reached, "steps": 100, "steps_per_second": 1000.0 * (seed + 1)}
-            runs.append({**row, "last_batch_return": -90.0, "best_batch_return": -80.0})
+            runs.append({**row, "last_batch_return": -90.0, "best_batch_return": -80.0, "source": grid.source_digest()})
             curves += [{"algo": algo, "seed": seed, "steps": 50 * k, "return": value * (3 - k)} for k in range(3)]
             kl = {"train/kl": 0.01 * (seed + 1), "train/kl_coef": 2.0**seed, "train/kl_min": 0.005, "train/kl_max": 0.02}
             own = kl if algo == "ppo_penalty" else {"train/approx_kl": 0.001}
@@ -702,7 +775,7 @@ def crowd(algos: list[str], seeds: int, out: Path) -> tuple[grid.Comparison, res
             whose = {"algo": algo, "seed": seed}
             final = -150.0 - 10 * place - seed
             runs.append({**whose, "env": work.env, "final_return": final, "return_over_training": 1.33 * final - 106.5})
-            runs[-1] |= {"steps_to_threshold": math.inf, "steps_per_second": 1000.0}
+            runs[-1] |= {"steps_to_threshold": math.inf, "steps_per_second": 1000.0, "source": grid.source_digest()}
             curves += [{**whose, "steps": 22_500 * k, "return": final - 200 * (5 - k)} for k in range(6)]
             figures = {"train/kl": 0.01, "train/clip_fraction": 0.1, "train/effective_sample_size": 0.9 + 0.01 * seed}
             figures |= {"train/kl_coef": 1.1, "train/kl_min": 0.005, "train/kl_max": 0.02}

@@ -47,7 +47,8 @@ how much:
 what comes out:
   --out gets report.md, results.csv, the plots, and a folder for each finished run. The same command again, after it was
   ended in any way, performs only what is missing. A run counts as done only if all that decides its result is the same:
-  settings, seed, steps, evaluation, versions of the packages. One comparison at a time in a folder.
+  settings, seed, steps, evaluation, versions of the packages. Where this package's source differs from the one that made a
+  finished run, a warning says so. One comparison at a time in a folder.
 """
 
 
@@ -240,12 +241,16 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     :param backend: where
     :return: exit code: 1 if a run failed
     """
-    from sb3_ppo_penalty.study.execution import execute, is_finished
-    from sb3_ppo_penalty.study.report import caveats, table, write
-    from sb3_ppo_penalty.study.results import read
+    from sb3_ppo_penalty.study.execution import execute
+    from sb3_ppo_penalty.study.report import caveats, other_source, table, write
+    from sb3_ppo_penalty.study.results import read, sources
 
-    done = sum(is_finished(run, comparison.out) for run in comparison.runs)
-    say(f"{len(comparison.runs)} runs, {done} of them finished before, in {comparison.out}")
+    before = sources(comparison.runs, comparison.out)
+    say(f"{len(comparison.runs)} runs, {len(before)} of them finished before, in {comparison.out}")
+    warning = other_source(before)
+    # Where nothing is left to do, the caveats say so at once
+    if warning and len(before) < len(comparison.runs):
+        say(f"Warning: {warning}")
     errors = execute(comparison.runs, comparison.out, n_jobs, backend_named(backend))
     results = read(comparison.runs, comparison.out, comparison.threshold)
     if results.algos:

@@ -114,7 +114,7 @@ def perform_here(run: Run) -> Delivery:
     :param run: what to train
     :return: its outcome, and its folder if it finished
     """
-    difference = _difference(run.versions, installed_versions())
+    difference = _difference(run.versions, installed_versions(run.task.gym_packages))
     if difference:
         return Outcome(run.name, f"node {platform.node()} is not installed like the comparison's machine: {difference}"), {}
     with TemporaryDirectory(prefix="sb3_ppo_penalty-") as room:

@@ -13,9 +13,8 @@ from pytablewriter import MarkdownTableWriter, String
 
 from sb3_ppo_penalty.study import plots
 from sb3_ppo_penalty.study.algorithms import BASELINE, DOCUMENT
-from sb3_ppo_penalty.study.grid import Comparison, qualified_name
+from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Comparison, qualified_name, source_digest
 from sb3_ppo_penalty.study.results import Results, summary
-from sb3_ppo_penalty.study.run import EVALUATION_ENVS, STARTS_SEED
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
 #: In a cell that has nothing to say
@@ -131,11 +130,12 @@ def origin(comparison: Comparison, results: Results) -> str:
     """
     :param comparison: what was asked for
     :param results: what there is of it
-    :return: command, seeds, steps, versions and machine
+    :return: command, seeds, steps, versions, sources and machine
     """
     seeds = sorted({run.seed for run in comparison.runs})
     versions = ", ".join(f"{name} {version}" for name, version in comparison.runs[0].versions.items())
     machine = f"{platform.system()} {platform.machine()}, {joblib.cpu_count()} cores, Python {platform.python_version()}"
+    sources = ", ".join(f"{source} ({count})" for source, count in results.runs["source"].value_counts().items())
     task = comparison.task
     return f"""\
 ```
@@ -145,6 +145,7 @@ def origin(comparison: Comparison, results: Results) -> str:
 - {len(results.runs)} of {len(comparison.runs)} runs: seeds {", ".join(map(str, seeds))}, {task.n_timesteps:,} environment \
 steps each (a run ends with the rollout that reaches them)
 - {versions}
+- source of sb3_ppo_penalty (runs made with it): {sources}
 - {machine}
 """
 
@@ -156,7 +157,7 @@ def caveats(results: Results) -> list[str]:
     :param results: what there is of the comparison
     :return: sentences; none where there is nothing to beware of
     """
-    return [text for text in (_few_seeds(results),) if text]
+    return [text for text in (_few_seeds(results), other_source(list(results.runs["source"]))) if text]
 
 
 def _few_seeds(results: Results) -> str:
@@ -173,6 +174,23 @@ def _few_seeds(results: Results) -> str:
     return (
         f"Fewer than {MIN_SEEDS} seeds: {', '.join(few)}. Where these are concerned there are neither intervals nor a "
         "P(better), and a difference may be chance."
+    )
+
+
+def other_source(sources: Sequence[str]) -> str:
+    """
+    Warn where finished runs were made by another state of this package's source code than the one that runs now.
+
+    :param sources: a digest for each finished run
+    :return: a sentence; empty if there are no such runs
+    """
+    others = [source for source in sources if source != source_digest()]
+    if not others:
+        return ""
+    return (
+        f"{len(others)} of {len(sources)} finished runs were made by another source of sb3_ppo_penalty "
+        f"({', '.join(sorted({*others}))}) than the present one ({source_digest()}), of the same version. If the difference "
+        f"can change a result, delete their folders and give the command again; {TABLE} has the source of each."
     )
 
 

@@ -74,6 +74,8 @@ def read(runs: Iterable[Run], out: Path, threshold: float | None) -> Results:
 
 def _curve(run: Run, folder: Path) -> pd.DataFrame:
     """
+    Read a run's learning curve.
+
     :param run: finished
     :param folder: its own
     :return: its evaluations during training, at the steps at which they were made: the first step of all environments at which
@@ -109,7 +111,20 @@ def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, thre
         "training_seconds": result["training_seconds"],
         "steps_per_second": result["steps"] / result["training_seconds"],
         "run": run.name,
+        "source": result["source"],
     }
+
+
+def sources(runs: Iterable[Run], out: Path) -> list[str]:
+    """
+    Read which source of this package made the finished runs.
+
+    :param runs: of the comparison; those that are not finished are left out
+    :param out: the comparison's folder
+    :return: one digest for each finished run
+    """
+    results = (out / RUNS / run.name / RESULT for run in runs if is_finished(run, out))
+    return [json.loads(path.read_text())["source"] for path in results]
 
 
 def curves_of(results: Results, algo: str) -> pd.DataFrame:
@@ -138,6 +153,8 @@ def _side_by_side(rows: pd.DataFrame, index: str, column: str) -> pd.DataFrame:
 
 def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
     """
+    Lay a figure of an algorithm's updates side by side.
+
     :param results: of the comparison
     :param algo: name of the algorithm
     :param column: of ``progress.csv``
@@ -152,6 +169,8 @@ def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
 
 def summary(results: Results, optimum: float | None) -> pd.DataFrame:
     """
+    Work out what each algorithm came to.
+
     :param results: of the comparison
     :param optimum: best possible mean return, None where it is not known
     :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and what else the report's table has; NaN for

@@ -19,14 +19,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base
-from sb3_ppo_penalty.study.grid import Run, prepare
-
-#: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
-#: that on Pendulum-v1 the best possible mean over the first 50 starts, and over the first 1,000, is within 0.3 of the one over
-#: all starts (dynamic programming): a gap to the optimum is then no luck with the starts
-STARTS_SEED = 1_036_000
-#: Environments side by side in an evaluation, and episodes of each evaluation during training
-EVALUATION_ENVS = 50
+from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Run, prepare, source_digest
 
 #: Files in a run's folder
 SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
@@ -203,8 +196,8 @@ def perform(run: Run, folder: Path, waiting: int | None = None) -> None:
     returns, lengths = evaluate(model, eval_env, run.task.n_eval_episodes)
     np.savez(folder / FINAL_EVALUATION, results=returns, ep_lengths=lengths)
     experiment.save_trained_model(model)
-    result = {"steps": model.num_timesteps, "training_seconds": seconds, "final_return": float(np.mean(returns))}
-    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    figures = {"steps": model.num_timesteps, "training_seconds": seconds, "final_return": float(np.mean(returns))}
+    (folder / RESULT).write_text(json.dumps({**figures, "source": source_digest()}, indent=1))
     model.logger.close()
     for env in (cast(VecEnv, model.get_env()), eval_env):
         env.close()

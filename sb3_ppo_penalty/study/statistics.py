@@ -19,6 +19,8 @@ MIN_SEEDS = 3
 
 class Interval(NamedTuple):
     """
+    The ends of a confidence interval.
+
     :param low: lower end; NaN where a sample has fewer than :data:`MIN_SEEDS`
     :param high: upper end
     """
@@ -77,6 +79,8 @@ def improvement_interval(values: npt.ArrayLike, baseline: npt.ArrayLike) -> Inte
 
 def _interval(statistic: Callable[..., Any], *samples: Array, axis: int = -1) -> Interval:
     """
+    95 % percentile bootstrap interval of a statistic.
+
     :param statistic: takes the samples and ``axis``
     :param samples: resampled independently of each other
     :param axis: of the seeds
