@@ -59,6 +59,8 @@ LAW = {
 #: The tools stand on the algorithms as a user sees them, never on the rooms behind them
 TOOLS = {
     "zoo": {"public", "zoo", SB3, "gymnasium", "optuna", "rl_zoo3", "numpy", "torch"},
+    # The algorithms do not know it
+    "vec_envs": {"arguments", "vec_envs", SB3, "gymnasium", "numpy"},
     "study": {"public", "zoo", "study", SB3, "gymnasium", "joblib", "matplotlib", "numpy", "pandas", "rl_zoo3", "scipy"}
     | {"pytablewriter", "ray", "sb3_contrib", "torch", "tqdm", "yaml"},
 }
@@ -101,7 +103,7 @@ def test_only_the_cluster_needs_ray() -> None:
 
 def test_every_room_has_a_law() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__main__"} == set(LAW)
-    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {"zoo", "study"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {"zoo", "study", "vec_envs"}
 
 
 def test_importing_the_package_imports_no_tool() -> None:
