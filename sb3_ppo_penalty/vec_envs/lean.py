@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
@@ -201,3 +202,17 @@ def lean(env: VecEnv) -> VecEnv:
         layer.__class__ = LeanVecEnv
         layer.buf_infos = Infos(layer.buf_infos)
     return env
+
+
+class LeanCallback(BaseCallback):
+    """
+    Make the training environment lean when training begins, where only a callback can be named.
+
+    In RL Zoo's hyperparameter files: ``callback: sb3_ppo_penalty.vec_envs.LeanCallback``, with ``normalize`` as it is.
+    """
+
+    def _init_callback(self) -> None:
+        lean(self.training_env)
+
+    def _on_step(self) -> bool:
+        return True

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import (
 )
 from untidy import FlatUntidy, Untidy, bits
 
-from sb3_ppo_penalty.vec_envs import LeanVecEnv, LeanVecNormalize, lean
+from sb3_ppo_penalty.vec_envs import LeanCallback, LeanVecEnv, LeanVecNormalize, lean
 from sb3_ppo_penalty.vec_envs.running import update
 
 MAKERS = {"CartPole": "CartPole-v1", "Pendulum": "Pendulum-v1", "HalfCheetah": "HalfCheetah-v5", "flat": FlatUntidy}
@@ -195,6 +195,17 @@ def test_training_with_sb3s_callbacks_is_the_same_to_the_bit(n_envs: int, tmp_pa
         results.append((weights, bits(evaluations["results"]), files, episodes, statistics_of(env)))
     assert results[0] == results[1]
     assert results[0][2]
+
+
+def test_a_callback_makes_the_training_environment_lean() -> None:
+    results = []
+    for callback in (None, LeanCallback()):
+        env = VecNormalize(make_vec_env("Pendulum-v1", 2, seed=1, env_kwargs={"max_episode_steps": 50}))
+        model = PPO("MlpPolicy", env, n_steps=64, n_epochs=1, seed=0).learn(128).learn(128, callback=callback)
+        results.append(([bits(each.detach().numpy()) for each in model.policy.parameters()], statistics_of(env)))
+    assert results[0] == results[1]
+    assert (type(env), type(env.venv)) == (LeanVecNormalize, LeanVecEnv)
+    assert model.get_vec_normalize_env() is env
 
 
 @pytest.mark.parametrize("cls", [LeanVecEnv, LeanVecNormalize])
