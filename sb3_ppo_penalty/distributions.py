@@ -189,7 +189,9 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         return actions
 
     def _require_finite_mean(self) -> None:
-        """:raises ValueError: if a mean is not finite."""
+        """:raises ValueError: if a mean is not finite; nobody asks in a graph, which cannot branch on a value."""
+        if th.compiler.is_compiling():
+            return
         # A sum is the cheaper question; only where it overflows without an infinite mean is its answer wrong
         if not math.isfinite(self._mean.sum().item()) and not th.isfinite(self._mean).all():
             raise ValueError(f"the policy's mean action is not finite: {self._mean}")
