@@ -2,6 +2,7 @@
 
 from sb3_ppo_penalty.checkpoints import ResumableCheckpointCallback, latest_checkpoint, resume
 from sb3_ppo_penalty.continuation import ResumableEnv
+from sb3_ppo_penalty.divergence import register_divergence
 from sb3_ppo_penalty.guard import Guard
 from sb3_ppo_penalty.kl_control import DualAscent, KLController, KLReading, Proportional
 from sb3_ppo_penalty.kl_penalty import KLPenalty
@@ -35,5 +36,6 @@ __all__ = [
     "UnsafeFileError",
     "__version__",
     "latest_checkpoint",
+    "register_divergence",
     "resume",
 ]

@@ -40,7 +40,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_penalty.arguments import require, require_number
 from sb3_ppo_penalty.checkpoints import complete_checkpoints
-from sb3_ppo_penalty.losses import Drift, drift, rank_of_p99
+from sb3_ppo_penalty.losses import Drift, drift, importance_ratio, k3_estimate, rank_of_p99
 from sb3_ppo_penalty.rollout import Minibatch, Rollout
 from sb3_ppo_penalty.update import (
     Descent,
@@ -53,6 +53,8 @@ from sb3_ppo_penalty.update import (
 )
 
 Result = TypeVar("Result")
+#: Gives KL(old || new) of some transitions, or None where it is not known, and the log of their importance ratio
+Measure = Callable[[], tuple[th.Tensor | None, th.Tensor]]
 
 #: Integers of as many bits as a number of so many bytes
 BITS = {1: th.int8, 2: th.int16, 4: th.int32, 8: th.int64}
@@ -159,10 +161,10 @@ class Ranks:
         descend = Descent(policy, settings)
         return lambda loss, count: descend(loss)
 
-    def drift(self, policy: ActorCriticPolicy, measure: Callable[[], tuple[th.Tensor, th.Tensor]]) -> Drift:
+    def drift(self, policy: ActorCriticPolicy, measure: Measure) -> Drift:
         """
         :param policy: that is measured
-        :param measure: gives KL(old || new) and the log of the importance ratio of this rank's transitions
+        :param measure: of this rank's transitions
         :return: how far the policy moved, over the transitions of all ranks
         """
         return drift(*measure())
@@ -470,25 +472,37 @@ class Team(Ranks):
         """
         return SharedDescent(policy, settings, self._add_up)
 
-    def drift(self, policy: ActorCriticPolicy, measure: Callable[[], tuple[th.Tensor, th.Tensor]]) -> Drift:
+    def drift(self, policy: ActorCriticPolicy, measure: Measure) -> Drift:
         """
         :param policy: that is measured; its buffers, such as a batch norm's, become rank 0's
-        :param measure: gives KL(old || new) and the log of the importance ratio of this rank's transitions
+        :param measure: of this rank's transitions
         :return: how far the policy moved, over the transitions of all ranks: sums, maxima and counts of them travel
         """
         for buffer in policy.buffers():
             with self._answered():
                 dist.broadcast(buffer, src=0)
-        kl, log_ratio = (values.double() for values in self._attempt(measure))
-        largest = -self._least([-float(log_ratio.max()), -float(kl.max())])
-        weights = (log_ratio - float(largest[0])).exp()
-        k3 = log_ratio.exp() - 1 - log_ratio
-        sums = th.stack([th.full_like(kl, 1.0), kl, k3, weights, weights.square()]).sum(dim=1)
-        self._add_up(sums)
-        count, kl_sum, k3_sum, weight_sum, square_sum = sums.tolist()
+        kl, log_ratio = self._attempt(measure)
+        log_ratio = log_ratio.double()
+        largest = -self._least([-float(log_ratio.max())])[0]
+        weights = importance_ratio(log_ratio, float(largest))
+        own = len(log_ratio)
+        k3_sum, weight_sum, square_sum, count = self._sum(
+            [float(k3_estimate(log_ratio)) * own, float(weights.sum()), float(weights.square().sum()), own]
+        ).tolist()
         effective = weight_sum**2 / (count * square_sum) if square_sum else math.nan
-        p99 = self._at_place(kl.float(), rank_of_p99(int(count)))
-        return Drift(kl_sum / count, k3_sum / count, effective, float(largest[0].exp()), float(largest[1]), p99)
+        mean, most, p99 = (None, None, None) if kl is None else self._exact_drift(kl, int(count))
+        return Drift(mean, k3_sum / count, effective, float(importance_ratio(largest, 0.0)), most, p99)
+
+    def _exact_drift(self, kl: th.Tensor, count: int) -> tuple[float, float, float]:
+        """
+        Mean, maximum and 99th percentile of the states' divergences over all ranks.
+
+        :param kl: of this rank's states, in nats, shape (n,)
+        :param count: of all ranks' states
+        :return: all three in nats
+        """
+        mean = float(self._sum([float(kl.double().sum())])[0]) / count
+        return mean, -float(self._least([-float(kl.max())])[0]), self._at_place(kl.float(), rank_of_p99(count))
 
     def _at_place(self, values: th.Tensor, place: int) -> float:
         """

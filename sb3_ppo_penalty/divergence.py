@@ -5,18 +5,27 @@ SB3's own ``kl_divergence`` leaves one column per action dimension for Gaussians
 small by the number of dimensions, and is infinite for categoricals whose probability underflows
 (https://github.com/ray-project/ray/issues/21297). Here the divergence of a state is one finite number.
 
-A distribution is frozen with :func:`parameters_of`; two frozen ones are compared with :func:`kl_divergence`.
+A distribution is frozen with :func:`parameters_of`; two frozen ones are compared with :func:`kl_divergence`. For a
+distribution of one's own, :func:`register_divergence` tells both.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Normal
 from torch.nn.functional import logsigmoid
+
+from sb3_ppo_penalty.arguments import require
+
+AnyDistribution = TypeVar("AnyDistribution")
+
+
+class UnknownDivergenceError(ValueError):
+    """No closed form of the KL divergence is known for a policy's action distribution."""
 
 
 def _scale_term(change: th.Tensor) -> th.Tensor:
@@ -166,11 +175,11 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
     The parameters that SB3's mutable distribution object holds right now, with their gradient.
 
     gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence. For a
-    distribution class of one's own, ``parameters_of.register`` takes a function.
+    distribution class of one's own see :func:`register_divergence`.
 
     :param distribution: what ``policy.get_distribution(obs)`` returned
     :return: the parameters in each state of the batch
-    :raises ValueError: for a distribution whose divergence is not known in closed form
+    :raises UnknownDivergenceError: for a distribution whose divergence is not known in closed form
     """
     inner = getattr(distribution, "distribution", None)  # sb3-contrib's masked ones keep their parts elsewhere
     parts = inner if isinstance(inner, Sequence) else [inner]
@@ -186,7 +195,49 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
         return ActionParameters(kl_gaussian, (inner.loc,) if shared else (inner.loc, factor), (factor,) if shared else ())
     if isinstance(inner, Bernoulli):
         return ActionParameters(kl_bernoulli, (inner.logits,))
-    raise ValueError(f"no closed-form KL divergence is known for the policy's action distribution {distribution!r}")
+    raise UnknownDivergenceError(
+        f"no closed-form KL divergence is known for the policy's action distribution, {type(distribution).__name__}; "
+        "`sb3_ppo_penalty.register_divergence` makes one known"
+    )
+
+
+def register_divergence(
+    distribution_class: type[AnyDistribution],
+    parameters: Callable[[AnyDistribution], Iterable[th.Tensor]],
+    divergence: Callable[..., th.Tensor],
+) -> None:
+    """
+    Make the exact KL divergence of a distribution class known to ``PPOPenalty``, its guard and the log.
+
+    To be called once, best beside the class's definition, before a model with such a policy is made or loaded. Subclasses
+    are covered too, and a later call replaces an earlier one. For a policy of Beta distributions::
+
+        register_divergence(
+            BetaDistribution,
+            lambda beta: (beta.distribution.concentration1, beta.distribution.concentration0),
+            lambda a, b, new_a, new_b: kl.kl_divergence(Beta(a, b), Beta(new_a, new_b)).sum(dim=-1),
+        )
+
+    :param distribution_class: of what the policy's ``_get_action_dist_from_latent`` and ``get_distribution`` return
+    :param parameters: takes such a distribution and returns the tensors that define it, with their gradient, each of shape
+        (batch, ...)
+    :param divergence: takes the old distribution's tensors, then the new one's, and returns KL(old || new), shape (batch,),
+        in nats, summed over the action's dimensions. Differentiable; asked for a distribution and itself it is 0
+    :return: nothing
+    :raises ArgumentError: naming the argument, if the first is no class or one of the others cannot be called
+    """
+    require(isinstance(distribution_class, type), "distribution_class", distribution_class, "a class")
+    require(callable(parameters), "parameters", parameters, "a function")
+    require(callable(divergence), "divergence", divergence, "a function")
+
+    def frozen(distribution: AnyDistribution) -> ActionParameters:
+        tensors = tuple(parameters(distribution))
+        rows = {len(tensor) for tensor in tensors}
+        if len(rows) != 1:
+            raise ValueError(f"`parameters` must return tensors with a row for each state, got {[*rows]} rows")
+        return ActionParameters(divergence, tensors)
+
+    parameters_of.register(distribution_class, frozen)
 
 
 def filled(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Tensor, ...]:
@@ -230,6 +281,16 @@ def concatenate(parts: Iterable[ActionParameters], rows: int) -> ActionParameter
     return first._replace(per_state=per_state, shared=shared)
 
 
+def _name(divergence: Callable[..., Any]) -> str:
+    """
+    :param divergence: compares two distributions of a kind
+    :return: what that kind is called
+    """
+    # An instance and a partial have no name of their own
+    name: str = getattr(divergence, "__name__", type(divergence).__name__)
+    return name.removeprefix("kl_")
+
+
 def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     """
     KL(old || new) in every state, summed over action dimensions (the paper, equation 8; the document's section 4.2).
@@ -239,7 +300,7 @@ def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     :return: shape (batch,), in nats
     :raises ValueError: if the two are not of the same kind
     """
-    kinds = [(part.divergence.__name__.removeprefix("kl_"), len(part.per_state) + len(part.shared)) for part in (old, new)]
+    kinds = [(_name(part.divergence), len(part.per_state) + len(part.shared)) for part in (old, new)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"cannot compare {kinds[0][0]} of {kinds[0][1]} tensors with {kinds[1][0]} of {kinds[1][1]}")
     return old.divergence(*old.per_state, *old.shared, *new.per_state, *new.shared)

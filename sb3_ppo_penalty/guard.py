@@ -7,14 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_integer, require_number
 from sb3_ppo_penalty.distributed import Ranks
-from sb3_ppo_penalty.divergence import kl_divergence, parameters_of
-from sb3_ppo_penalty.rollout import Observations, Rollout
+from sb3_ppo_penalty.rollout import Minibatch, Rollout
 from sb3_ppo_penalty.update import Roles, Settings, Stepper
 
 #: What may be done
@@ -127,8 +125,8 @@ class Watch:
     :param rollout: frozen
     :param settings: of the update, with ``target_kl``
     :param batch_size: of the minibatches
-    :param distribution: the policy's, for the observations of a rollout
     :param drift: how far the policy moved in the states of a rollout, or of what stands for one
+    :param divergence: KL(old || new) in the states of a minibatch, in nats, shape (batch,), with its gradient
     :param ranks: who train the policy, and do all of this alike
     """
 
@@ -140,8 +138,8 @@ class Watch:
         rollout: Rollout,
         settings: Settings,
         batch_size: int,
-        distribution: Callable[[Observations], Distribution],
         drift: Callable[[Rollout], Any],
+        divergence: Callable[[Minibatch], th.Tensor],
         ranks: Ranks,
     ) -> None:
         self.guard = guard
@@ -150,8 +148,8 @@ class Watch:
         self.rollout = rollout
         self.settings = settings
         self.batch_size = batch_size
-        self.distribution = distribution
         self.drift = drift
+        self.divergence = divergence
         self.ranks = ranks
         self.bound = guard.max_kl_factor * settings["target_kl"]
         self.report = Report()
@@ -197,8 +195,7 @@ class Watch:
             self.report.passes = passes
             for batch in self.ranks.minibatches(self.rollout, self.batch_size, normalize=False):
                 if not self._measured(Rollout(*batch))[0] <= self.bound:
-                    new = parameters_of(self.distribution(batch.observations))
-                    descend(kl_divergence(batch.old, new).mean(), len(batch.actions))
+                    descend(self.divergence(batch).mean(), len(batch.actions))
             if self._measured(self.rollout)[0] <= self.bound:
                 return True
         return False

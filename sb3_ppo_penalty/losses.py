@@ -40,14 +40,15 @@ def normalize_advantages(advantages: th.Tensor) -> th.Tensor:
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
-def importance_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor) -> th.Tensor:
+def importance_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor | float) -> th.Tensor:
     """
     Weight that makes samples of the old policy stand for the new one: ``r = exp(log pi(a|s) - log pi_old(a|s))``.
 
     Source: the document, section 3 (importance sampling).
 
     :param log_prob: log-probability (density) of each action under the policy being trained, shape (batch,)
-    :param old_log_prob: the same under the policy that acted, shape (batch,)
+    :param old_log_prob: the same under the policy that acted, shape (batch,); 0 where ``log_prob`` is already the
+        difference
     :return: shape (batch,), no unit
     """
     return th.exp(log_prob - old_log_prob)
@@ -178,9 +179,18 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     :param log_prob: of the actions taken, shape (batch,)
     :return: scalar, in nats
     """
-    if entropy is None:
-        return -th.mean(-log_prob)
-    return -th.mean(entropy)
+    return -th.mean(state_entropy(entropy, log_prob))
+
+
+def state_entropy(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
+    """
+    Entropy of the policy in each state; where it has no closed form, what estimates it, ``-log pi(a|s)``.
+
+    :param entropy: shape (batch,), in nats, or None where unknown (squashed Gaussians)
+    :param log_prob: of the actions taken, shape (batch,)
+    :return: shape (batch,), in nats
+    """
+    return -log_prob if entropy is None else entropy
 
 
 def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor:
@@ -224,6 +234,8 @@ class Drift(NamedTuple):
     """
     How far an update moved the policy, measured over the whole rollout after the last epoch.
 
+    What is exact is None for a policy whose action distribution has no known divergence.
+
     :param kl: mean over states of the exact KL(old || new), in nats
     :param kl_estimate: the same, estimated from the actions taken (k3), in nats
     :param effective_sample_size: of the importance weights, as a fraction
@@ -232,12 +244,12 @@ class Drift(NamedTuple):
     :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
     """
 
-    kl: float
+    kl: float | None
     kl_estimate: float
     effective_sample_size: float
     max_ratio: float
-    kl_max_state: float
-    kl_p99: float
+    kl_max_state: float | None
+    kl_p99: float | None
 
 
 def rank_of_p99(count: int) -> int:
@@ -250,21 +262,18 @@ def rank_of_p99(count: int) -> int:
     return math.ceil(0.99 * count)
 
 
-def drift(kl: th.Tensor, log_ratio: th.Tensor) -> Drift:
+def drift(kl: th.Tensor | None, log_ratio: th.Tensor) -> Drift:
     """
     Every measure of how far the policy moved, with one look at the device.
 
-    :param kl: exact KL(old || new) of each state, in nats, shape (n_transitions,)
+    :param kl: exact KL(old || new) of each state, in nats, shape (n_transitions,); None where it is not known
     :param log_ratio: log r, shape (n_transitions,)
     :return: the measures
     """
-    measures = (
-        kl.mean(),
-        k3_estimate(log_ratio),
-        effective_sample_size(log_ratio),
-        log_ratio.max().exp(),
-        kl.max(),
-        # torch's quantile is limited to 2^24 values
-        kl.kthvalue(rank_of_p99(len(kl))).values,
-    )
-    return Drift(*th.stack(measures).tolist())
+    sampled = [k3_estimate(log_ratio), effective_sample_size(log_ratio), importance_ratio(log_ratio.max(), 0.0)]
+    if kl is None:
+        estimate, effective, max_ratio = th.stack(sampled).tolist()
+        return Drift(None, estimate, effective, max_ratio, None, None)
+    # torch's quantile is limited to 2^24 values
+    p99 = kl.kthvalue(rank_of_p99(len(kl))).values
+    return Drift(*th.stack([kl.mean(), *sampled, kl.max(), p99]).tolist())

@@ -1,11 +1,13 @@
 """PPO-clip, from scratch, and the document's own recipe of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_number
+from sb3_ppo_penalty.divergence import ActionParameters
 from sb3_ppo_penalty.file_origin import PENALTY_ENTRIES, differences_for_clip
 from sb3_ppo_penalty.losses import clipped_surrogate
 from sb3_ppo_penalty.proximal import ProximalAlgorithm
@@ -41,7 +43,12 @@ class PPOClip(ProximalAlgorithm):
         return {**super()._settings(), "stop_kl": None if self.target_kl is None else 1.5 * self.target_kl}
 
     def _policy_objective(
-        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
+        self,
+        batch: Minibatch,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        settings: Settings,
+        parameters: Callable[[], ActionParameters],
     ) -> tuple[th.Tensor, th.Tensor]:
         objective = clipped_surrogate(ratio, advantages, settings["clip_range"])
         return objective, objective

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,7 +13,8 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_ppo_penalty.arguments import as_number, require, require_number, schedule_at
+from sb3_ppo_penalty.arguments import ArgumentError, as_number, require, require_number, schedule_at
+from sb3_ppo_penalty.divergence import ActionParameters, UnknownDivergenceError
 from sb3_ppo_penalty.file_origin import differences_for_penalty
 from sb3_ppo_penalty.guard import Guard, Report, Watch
 from sb3_ppo_penalty.kl_control import KLController, KLReading, clamp, kl_thresholds, make_controller
@@ -162,6 +163,13 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_coef_bounds = (float(bounds[0]), float(bounds[1]))
         self.kl_coef = float(self.kl_coef)
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._look_at_policy()
+
+    def _require_no_divergence(self, error: UnknownDivergenceError) -> None:
+        raise ArgumentError(f"`policy` must have a KL divergence to penalise: {error}; PPOClip needs none") from error
+
     def _aims(self, progress: float) -> tuple[float, float, float]:
         """
         Ask the schedules, and check what they answer.
@@ -222,10 +230,15 @@ class PPOPenalty(ProximalAlgorithm):
         self._last_learning_rate = rate
 
     def _policy_objective(
-        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
+        self,
+        batch: Minibatch,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        settings: Settings,
+        parameters: Callable[[], ActionParameters],
     ) -> tuple[th.Tensor, th.Tensor]:
         clip_range, penalty = settings["clip_range"], settings["kl_penalty"]
-        kl = penalty.charge(ratio, advantages, batch.old, lambda: self._current_parameters(batch.observations))
+        kl = penalty.charge(ratio, advantages, batch.old, parameters)
         ratio = penalty.bounded(ratio, advantages)
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
         return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
@@ -238,12 +251,13 @@ class PPOPenalty(ProximalAlgorithm):
         if self.guard is None:
             return super()._steppers(rollout, settings)
         batch_size = min(self.batch_size, len(rollout))
-        roles, distribution, drift = self._roles(), self._distribution, self._measure_drift
-        watch = Watch(self.guard, self.policy, roles, rollout, settings, batch_size, distribution, drift, self._ranks)
+        measures = self._measure_drift, self._divergence
+        watch = Watch(self.guard, self.policy, self._roles(), rollout, settings, batch_size, *measures, self._ranks)
         self._guard_report = watch.report
         return watch.steppers(self.n_epochs, lambda wanted: self._stepper(wanted, batch_size))
 
     def _after_update(self, drift: Drift) -> None:
+        assert drift.kl is not None, "a policy without a known divergence is refused"
         target, low, high = self._aims(self._current_progress_remaining)
         report = self._guard_report if self.guard else None
         reached = report.mean_kl if report and report.acted else drift.kl

@@ -3,6 +3,7 @@
 import inspect
 import io
 import itertools
+import logging
 import math
 import pathlib
 import warnings
@@ -17,7 +18,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -27,10 +27,18 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import distributed, losses, safe_load
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer, require_number, schedule_at
-from sb3_ppo_penalty.divergence import ActionParameters, concatenate, filled, kl_divergence, parameters_of
+from sb3_ppo_penalty.divergence import (
+    ActionParameters,
+    UnknownDivergenceError,
+    concatenate,
+    filled,
+    kl_divergence,
+    parameters_of,
+)
+from sb3_ppo_penalty.evaluation import Evaluation, acting, evaluate, example, example_actions, find_source
 from sb3_ppo_penalty.file_origin import require_ppo, saved_entries
 from sb3_ppo_penalty.losses import Drift
-from sb3_ppo_penalty.policies import CnnPolicy, FixedCovarianceMixin, MlpPolicy, MultiInputPolicy, spread_mismatch
+from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
 from sb3_ppo_penalty.rollout import (
     IgnoreTimeLimits,
     Minibatch,
@@ -41,6 +49,11 @@ from sb3_ppo_penalty.rollout import (
     flat_copy,
 )
 from sb3_ppo_penalty.update import Roles, Settings, Step, Stepper, Terms, as_of_now, minibatch_mean, reached
+
+LOGGER = logging.getLogger(__name__)
+
+#: In how many states of a rollout the policy's action distribution is looked for
+LOOKED_AT = 8
 
 SelfProximal = TypeVar("SelfProximal", bound="ProximalAlgorithm")
 
@@ -114,9 +127,12 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
     _compiler: Any = None
     #: The processes that train this model; no file holds them
     _ranks: distributed.Ranks = distributed.ALONE
-    #: Those whose minibatches are known to be rows of their arrays
+    #: Where the distribution is with which the policy evaluates actions; None while nobody knows, and where it has no known
+    #: divergence. No file holds it
+    _distribution_source: str | None = None
     #: Names of what only other algorithms keep in their files
     _foreign_entries: ClassVar[frozenset[str]] = frozenset()
+    #: Those whose minibatches are known to be rows of their arrays
     _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
@@ -194,7 +210,45 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """:return: what no file holds: SB3's list, the compiled graphs, and who trained."""
-        return [*super()._excluded_save_params(), "_compiler", "_ranks"]
+        return [*super()._excluded_save_params(), "_compiler", "_ranks", "_distribution_source"]
+
+    def _look_at_policy(self) -> None:
+        """Find the policy's action distribution before there is a rollout; :meth:`_freeze_rollout` asks again."""
+        try:
+            with acting(self.policy):
+                self._distribution_source = self._find_source(*self._examples())
+        except ArgumentError:
+            raise
+        except Exception as error:
+            # Made-up observations may be none that the policy can take; a rollout's are
+            LOGGER.debug("the policy's action distribution is not known before the first rollout: %s", error)
+
+    def _examples(self) -> tuple[Observations, th.Tensor]:
+        """:return: the last observations, or such as might come, and actions that could be taken there."""
+        last = example(self.observation_space, rows=2) if self._last_obs is None else self._last_obs
+        observations, _ = self.policy.obs_to_tensor(last)
+        some = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        return observations, example_actions(self.policy, rows=len(some))
+
+    def _find_source(self, observations: Observations, actions: th.Tensor) -> str | None:
+        """
+        :param observations: shape (batch, *obs_shape), or one such tensor per key
+        :param actions: as ``evaluate_actions`` takes them
+        :return: see :func:`~sb3_ppo_penalty.evaluation.find_source`; None where no divergence is known
+        """
+        try:
+            inputs, others = self._unpacked(observations)
+            return find_source(self.policy, inputs, actions, **others)
+        except UnknownDivergenceError as error:
+            self._require_no_divergence(error)
+        return None
+
+    def _require_no_divergence(self, error: UnknownDivergenceError) -> None:
+        """
+        Do without the exact divergence, which serves nothing but the log; a subclass that needs it raises.
+
+        :param error: says why it is not known
+        """
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -330,8 +384,10 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :return: False if the callback ended training
         """
         env = self._seen_by(rollout_buffer, env)
-        if isinstance(self.policy, FixedCovarianceMixin):
-            self.policy.update_covariance(1 - self.num_timesteps / self._total_timesteps)
+        # Not by its class: a policy may be wrapped, as by `th.compile`
+        update_covariance: Any = getattr(self.policy, "update_covariance", None)
+        if update_covariance is not None:
+            update_covariance(1 - self.num_timesteps / self._total_timesteps)
         collect = super().collect_rollouts
         with self._get_compiler().acting() if self.compile else nullcontext():
             return self._ranks.collect(self, callback, lambda own: collect(env, own, rollout_buffer, n_rollout_steps))
@@ -350,8 +406,8 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """Update the policy from the rollout that was just collected."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        settings = self._settings()
         rollout = self._freeze_rollout()
+        settings = self._settings()
         epochs: list[list[Step]] = []
         with self._undone_if_not_finite(rollout, settings, epochs):
             for step in self._steppers(rollout, settings):
@@ -382,19 +438,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "actor": self._roles().actor if isinstance(self.max_grad_norm, tuple) else None,
             "learning": None,
             "stop_kl": None,
+            "distribution": self._distribution_source,
         }
 
     def _roles(self) -> Roles:
         """
         :return: which weights the actions' distribution depends on, and which the value
         """
-        observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
-        self.policy.set_training_mode(False)
-        parameters = parameters_of(self._distribution(observations))
-        actor = reached(self.policy, [*parameters.per_state, *parameters.shared])
-        critic = reached(self.policy, [self.policy.predict_values(observations)])
-        self.policy.set_training_mode(True)
-        return Roles(actor, critic)
+        with acting(self.policy), th.enable_grad():
+            values, log_prob, _ = self.policy.evaluate_actions(*self._examples())
+        return Roles(reached(self.policy, [log_prob]), reached(self.policy, [values]))
 
     def _scheduled(self, schedule: Any) -> float | None:
         """
@@ -437,7 +490,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _freeze_rollout(self) -> Rollout:
         """
-        :return: the rollout on the device with the distributions of the policy that collected it
+        :return: the rollout on the device with the distributions of the policy that collected it, if their divergence is known
         """
         buffer = self.rollout_buffer
         self._check_sampling("rollout_buffer", buffer)
@@ -446,7 +499,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         if self.compile and self._get_compiler().refusal is None:
             self._get_compiler().refuse("the rollout buffer has a `get` of its own, whose minibatches may differ in kind")
         rollout = self._frozen(flat_copy(buffer))
-        old = as_of_now(self.policy, lambda observations: parameters_of(self._distribution(observations)))
+        old = as_of_now(self.policy, lambda asked: self._parameters(*asked))
         return SampledRollout(*rollout.whole, samples=buffer.get, minibatch=lambda sample: self._minibatch(sample, old))
 
     def _frozen(self, buffer: RolloutBuffer) -> Rollout:
@@ -459,21 +512,40 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         rollout = Rollout.of(buffer)
         rollout = replace(rollout, observations=self._observed(rollout.observations, buffer))
         with self._acting():
-            parts = (parameters_of(self._distribution(chunk.observations)) for chunk in rollout.chunks())
+            some = rollout.first(LOOKED_AT)
+            self._distribution_source = self._find_source(some.observations, some.actions)
+            if self._distribution_source is None:
+                return rollout
+            parts = (self._parameters(chunk.observations, chunk.actions) for chunk in rollout.chunks())
             return replace(rollout, old=concatenate(parts, len(rollout)))
 
-    def _minibatch(self, sample: Any, old: Callable[[Observations], ActionParameters]) -> Minibatch:
+    def _parameters(self, observations: Observations, actions: th.Tensor) -> ActionParameters:
+        """
+        :param observations: of a minibatch
+        :param actions: of the same
+        :return: the policy's action distributions there, with their gradient
+        """
+        return parameters_of(self._asked(observations, actions, self._distribution_source).distribution())
+
+    def _divergence(self, batch: Minibatch) -> th.Tensor:
+        """
+        :param batch: some transitions
+        :return: KL(old || new) in each of their states, in nats, shape (batch,), with its gradient
+        """
+        return kl_divergence(batch.old, self._parameters(batch.observations, batch.actions))
+
+    def _minibatch(self, sample: Any, old: Callable[[tuple[Observations, th.Tensor]], ActionParameters]) -> Minibatch:
         """
         Take over a minibatch that a buffer has drawn.
 
         :param sample: SB3's ``RolloutBufferSamples``, or what stands for them
-        :param old: asks the policy that acted
+        :param old: asks the policy that acted about observations and actions
         :return: with the distributions of the policy that acted
         """
         actions = sample.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else sample.actions
         observations = self._observed(sample.observations, sample)
         with self._acting():
-            frozen = old(observations)
+            frozen = None if self._distribution_source is None else old((observations, actions))
         columns = (sample.old_values, sample.old_log_prob, sample.advantages, sample.returns)
         return Minibatch(observations, actions, *columns, frozen)
 
@@ -535,15 +607,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         """
         return observations, {}
 
-    def _distribution(self, observations: Observations) -> Distribution:
+    def _asked(self, observations: Observations, actions: th.Tensor, source: str | None) -> Evaluation:
         """
-        Ask the policy for its action distribution.
+        Let the policy evaluate actions.
 
-        :param observations: of a minibatch, or the environments' own
-        :return: the policy's one distribution object, which its next use overwrites
+        :param observations: of a minibatch
+        :param actions: of the same
+        :param source: where the distribution is found, see :func:`~sb3_ppo_penalty.evaluation.find_source`
+        :return: what it says, with its gradient
         """
         inputs, others = self._unpacked(observations)
-        return self.policy.get_distribution(inputs, **others)
+        return evaluate(self.policy, inputs, actions, source, **others)
 
     def _evaluate(self, batch: Minibatch, settings: Settings) -> Terms:
         """
@@ -553,28 +627,27 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param settings: of this update
         :return: the loss and its parts
         """
-        observations, others = self._unpacked(batch.observations)
-        values, log_prob, entropy = self.policy.evaluate_actions(observations, batch.actions, **others)
+        evaluation = self._asked(batch.observations, batch.actions, settings["distribution"])
+        values, log_prob, entropy, distribution = evaluation
         advantages = losses.normalize_advantages(batch.advantages) if settings["normalize_advantage"] else batch.advantages
-        log_ratio = log_prob - batch.old_log_prob
-        surrogate, objective = self._policy_objective(batch, th.exp(log_ratio), advantages, settings)
+        ratio = losses.importance_ratio(log_prob, batch.old_log_prob)
+        surrogate, objective = self._policy_objective(
+            batch, ratio, advantages, settings, lambda: parameters_of(distribution())
+        )
         value_loss = losses.value_loss(values.flatten(), batch.returns, batch.old_values, settings["clip_range_vf"])
         loss = -objective + settings["vf_coef"] * value_loss
         if settings["ent_coef"] is not None:
             loss = loss + settings["ent_coef"] * losses.entropy_loss(entropy, log_prob)
-        return Terms(loss, -surrogate, -objective, value_loss, log_ratio, -log_prob if entropy is None else entropy)
-
-    def _current_parameters(self, observations: Observations) -> ActionParameters:
-        """
-        :param observations: those that the policy has just evaluated
-        :return: its action distributions there, with their gradient
-        """
-        if type(self.policy).evaluate_actions is ActorCriticPolicy.evaluate_actions:
-            return parameters_of(self.policy.action_dist)  # holds what was just evaluated: no second pass
-        return parameters_of(self._distribution(observations))
+        log_ratio, entropies = log_prob - batch.old_log_prob, losses.state_entropy(entropy, log_prob)
+        return Terms(loss, -surrogate, -objective, value_loss, log_ratio, entropies)
 
     def _policy_objective(
-        self, batch: Minibatch, ratio: th.Tensor, advantages: th.Tensor, settings: Settings
+        self,
+        batch: Minibatch,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        settings: Settings,
+        parameters: Callable[[], ActionParameters],
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         What the policy maximises. May depend on no attribute but the policy: a compiled graph would not see it change.
@@ -583,6 +656,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param ratio: importance ratios, shape (batch,)
         :param advantages: normalised if asked for, shape (batch,)
         :param settings: of this update
+        :param parameters: gives the action distributions of that evaluation, with their gradient
         :return: the surrogate, and the objective made of it; two scalars
         """
         raise NotImplementedError
@@ -624,15 +698,17 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :return: how far the policy moved
         """
 
-        def of(chunk: Minibatch) -> tuple[th.Tensor, th.Tensor]:
-            distribution = self._distribution(chunk.observations)
-            kl = kl_divergence(chunk.old, parameters_of(distribution))
-            return kl, distribution.log_prob(chunk.actions) - chunk.old_log_prob
+        def of(chunk: Minibatch) -> tuple[th.Tensor, ...]:
+            evaluation = self._asked(chunk.observations, chunk.actions, self._distribution_source)
+            log_ratio = evaluation.log_prob - chunk.old_log_prob
+            if chunk.old is None:
+                return (log_ratio,)
+            return log_ratio, kl_divergence(chunk.old, parameters_of(evaluation.distribution()))
 
-        def moved() -> tuple[th.Tensor, th.Tensor]:
+        def moved() -> tuple[th.Tensor | None, th.Tensor]:
             with self._acting():
-                kl, log_ratio = filled(map(of, rollout.chunks()), len(rollout))
-            return kl, log_ratio
+                log_ratio, *exact = filled(map(of, rollout.chunks()), len(rollout))
+            return exact[0] if exact else None, log_ratio
 
         return self._ranks.drift(self.policy, moved)
 
@@ -659,14 +735,16 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
             "policy_gradient_loss": minibatch_mean(th.mean, [each.surrogate for each in terms]),
             "value_loss": minibatch_mean(th.mean, [each.value for each in terms]),
             "approx_kl": minibatch_mean(losses.k3_estimate, log_ratios[-len(epochs[-1]) :]),
-            "clip_fraction": minibatch_mean(lambda values: losses.clip_fraction(values.exp(), clip_range), log_ratios),
+            "clip_fraction": minibatch_mean(
+                lambda values: losses.clip_fraction(losses.importance_ratio(values, 0.0), clip_range), log_ratios
+            ),
             "loss": terms[-1].loss.item(),
             "explained_variance": float(
                 explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
             ),
         }
         figures = self._ranks.mean(figures, self.rollout_buffer.values.size)
-        figures |= drift._asdict()
+        figures |= {name: measure for name, measure in drift._asdict().items() if measure is not None}
         figures |= self._gradient_norms([step for epoch in epochs for step in epoch])
         if hasattr(self.policy, "log_std"):
             figures["std"] = self.policy.log_std.exp().mean().item()
@@ -708,6 +786,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         self._ranks.enter(self)
         progress_bar = progress_bar and self._ranks.leads
         started = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._look_at_policy()
         self._ranks.begin(self, lambda: self._alike(started[0]))
         return started
 

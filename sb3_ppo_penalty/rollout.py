@@ -144,6 +144,14 @@ class Rollout:
         """All transitions."""
         return Minibatch(*(getattr(self, name) for name in Minibatch._fields))
 
+    def first(self, rows: int) -> Minibatch:
+        """
+        :param rows: how many
+        :return: the first transitions, or all if there are fewer
+        """
+        whole = self.whole
+        return whole.with_columns([column[:rows] for column in whole.columns])
+
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """
         Go once over the rollout in an order drawn from numpy's global generator, as SB3's buffer does.

@@ -101,7 +101,8 @@ def reached(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
     """
     weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     sums = [output.sum() for output in outputs if output.requires_grad]
-    gradients = th.autograd.grad(sums, list(weights.values()), allow_unused=True)
+    # Kept: outputs of one evaluation share their graph
+    gradients = th.autograd.grad(sums, list(weights.values()), allow_unused=True, retain_graph=True)
     return tuple(name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None)
 
 

@@ -891,6 +891,22 @@ def test_percentiles_by_counting_are_those_by_sorting(scale: float, monkeypatch:
         assert distributed.Team(0, 1)._at_place(values, place) == values.kthvalue(place).values.item()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_team_of_one_drifts_as_a_single_process(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no divergence is known, and the ranks have nothing but their ratios to exchange."""
+    monkeypatch.setattr(distributed.Team, "_add_up", lambda team, tensor: None)
+    monkeypatch.setattr(distributed.Team, "_sum", lambda team, values: th.tensor(values, dtype=th.float64))
+    monkeypatch.setattr(distributed.Team, "_least", lambda team, values: th.tensor(values, dtype=th.float64))
+    generator = th.Generator().manual_seed(0)
+    kl, log_ratio = th.rand(300, generator=generator) if known else None, th.randn(300, generator=generator)
+    alone, team = (
+        ranks.drift(th.nn.Linear(1, 1), lambda: (kl, log_ratio)) for ranks in (distributed.ALONE, distributed.Team(0, 1))
+    )
+    assert [measure is None for measure in team] == [not known, False, False, False, not known, not known]
+    for ours, theirs in zip(alone, team, strict=True):
+        assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-5)
+
+
 # As a user starts it
 
 

@@ -19,7 +19,8 @@ LAW = {
     "file_origin": {SB3, "arguments"},
     "kl_control": {"arguments"},
     "losses": {"torch"},
-    "divergence": {"torch", SB3},
+    "divergence": {"torch", SB3, "arguments"},
+    "evaluation": {"torch", "numpy", "gymnasium", SB3, "divergence", "rollout"},
     "kl_penalty": {"torch", "arguments", "losses", "divergence"},
     "distributions": {"torch", "numpy", SB3, "divergence"},
     "policies": {"torch", "numpy", "gymnasium", SB3, "distributions"},
@@ -34,17 +35,18 @@ LAW = {
     "safe_archive": {"torch", SB3},
     "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "guard", "kl_control", "kl_penalty", "policies"}
     | {"rollout", "safe_archive"},
-    "guard": {"torch", SB3, "arguments", "distributed", "divergence", "rollout", "update"},
+    "guard": {"torch", SB3, "arguments", "distributed", "rollout", "update"},
     "proximal": {"torch", "numpy", "gymnasium", SB3, "arguments", "losses", "divergence", "policies", "rollout"}
-    | {"update", "compiled", "distributed", "file_origin", "safe_load"},
-    "ppo_clip": {"torch", SB3, "arguments", "file_origin", "losses", "proximal", "rollout", "update"},
-    "ppo_penalty": {"torch", SB3, "arguments", "losses", "kl_control", "kl_penalty", "proximal", "rollout", "update"}
-    | {"file_origin", "guard"},
+    | {"update", "compiled", "distributed", "evaluation", "file_origin", "safe_load"},
+    "ppo_clip": {"torch", SB3, "arguments", "divergence", "file_origin", "losses", "proximal", "rollout", "update"},
+    "ppo_penalty": {"torch", SB3, "arguments", "divergence", "losses", "kl_control", "kl_penalty", "proximal", "rollout"}
+    | {"file_origin", "guard", "update"},
     # Imported by nobody but the user: the package itself comes without sb3-contrib
     "maskable": {"torch", "numpy", "gymnasium", SB3, "sb3_contrib", "arguments", "divergence", "ppo_penalty", "rollout"},
     "__init__": {
         "checkpoints",
         "continuation",
+        "divergence",
         "guard",
         "kl_control",
         "kl_penalty",

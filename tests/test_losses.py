@@ -278,3 +278,18 @@ def test_the_weighted_deviation_is_best_at_one_ratio_for_all_advantages(advantag
     ratio = th.tensor(1 + 0.2 * (1 if advantage > 0 else -1), dtype=th.float64, requires_grad=True)
     objective = ratio * advantage - 5 * abs(advantage) * losses.squared_ratio_deviation(ratio)
     assert th.autograd.grad(objective, ratio)[0].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_entropy_of_a_state_is_known_or_estimated() -> None:
+    log_prob = th.tensor([-1.0, 2.0])
+    assert losses.state_entropy(th.tensor([0.5, 0.25]), log_prob).tolist() == [0.5, 0.25]
+    assert losses.state_entropy(None, log_prob).tolist() == [1.0, -2.0]
+
+
+def test_drift_without_a_known_divergence_is_what_samples_tell() -> None:
+    """Ratios 2 and 1/2: k3 = ((2 - 1 - log 2) + (1/2 - 1 + log 2)) / 2 = 1/4; (5/2)^2 / (2 * 17/4) = 25/34."""
+    found = losses.drift(None, th.tensor([2.0, 0.5]).log())
+    assert (found.kl, found.kl_max_state, found.kl_p99) == (None, None, None)
+    assert found.kl_estimate == pytest.approx(0.25)
+    assert found.effective_sample_size == pytest.approx(25 / 34)
+    assert found.max_ratio == pytest.approx(2)

@@ -134,8 +134,7 @@ def test_penalty_pulls_towards_the_old_policy_and_the_old_policy_stays() -> None
     batch = next(iter(frozen.minibatches(64)))
 
     def divergence() -> th.Tensor:
-        model.policy.evaluate_actions(batch.observations, batch.actions)
-        return kl_divergence(batch.old, model._current_parameters(batch.observations)).mean()
+        return model._divergence(batch).mean()
 
     model.policy.zero_grad()
     divergence().backward()
