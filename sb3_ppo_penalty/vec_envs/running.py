@@ -61,11 +61,11 @@ def _moments(batch: Array) -> tuple[Array, Array]:
     :param batch: shape (n, ...)
     :return: two arrays of shape (...)
     """
+    if batch.dtype not in SUMMED_AS_THEY_ARE:
+        return np.mean(batch, axis=0), np.var(batch, axis=0)
     if len(batch) == 1:
         row = batch[0]
         return row, row - row  # zero, or NaN where the row is not finite
-    if batch.dtype not in SUMMED_AS_THEY_ARE:
-        return np.mean(batch, axis=0), np.var(batch, axis=0)
     count = batch.dtype.type(len(batch))
     mean = np.add.reduce(batch, axis=0) / count
     centred = batch - mean

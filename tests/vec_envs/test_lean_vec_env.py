@@ -104,7 +104,7 @@ def test_switches_take_effect_while_it_runs() -> None:
         assert view(stock, 5) == view(own, 5)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.uint8])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_])
 @pytest.mark.parametrize("shape", [(), (1,), (17,), (3, 5, 2)], ids=str)
 @pytest.mark.parametrize("n_envs", [1, 2, 8, 33])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
