@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,21 @@ def acting(policy: ActorCriticPolicy) -> Iterator[None]:
             module.training = training
 
 
+def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Find the method inside one that was given to ``th.compile``, whose graph tells neither what it makes nor which weights
+    each of its results depends on.
+
+    :param method: of a policy
+    :return: the method as it was written; the same if it is not compiled
+    """
+    written = getattr(method, "_torchdynamo_orig_callable", None)
+    if written is None:
+        return method
+    # Compiled where the class was defined: not bound yet
+    return partial(written, method.__self__) if hasattr(method, "__self__") else written
+
+
 def evaluate(
     policy: ActorCriticPolicy, observations: Observations, actions: th.Tensor, source: str | None, **others: Any
 ) -> Evaluation:
@@ -118,7 +134,7 @@ def find_source(policy: ActorCriticPolicy, observations: Observations, actions: 
     :raises UnknownDivergenceError: if neither is the distribution of the evaluation, or its divergence is not known
     """
     # A compiled method is left alone: it would be compiled again for each look inside
-    compiled = hasattr(policy.evaluate_actions, "_torchdynamo_orig_callable")
+    compiled = uncompiled(policy.evaluate_actions) != policy.evaluate_actions
     for source in (ASKED_FOR,) if compiled else (MADE, ASKED_FOR):
         evaluation = evaluate(policy, observations, actions, source, **others)
         distribution = _distribution(evaluation)

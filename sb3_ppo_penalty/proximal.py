@@ -35,7 +35,7 @@ from sb3_ppo_penalty.divergence import (
     kl_divergence,
     parameters_of,
 )
-from sb3_ppo_penalty.evaluation import Evaluation, acting, evaluate, example, example_actions, find_source
+from sb3_ppo_penalty.evaluation import Evaluation, acting, evaluate, example, example_actions, find_source, uncompiled
 from sb3_ppo_penalty.file_origin import require_ppo, saved_entries
 from sb3_ppo_penalty.losses import Drift
 from sb3_ppo_penalty.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
@@ -446,7 +446,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :return: which weights the actions' distribution depends on, and which the value
         """
         with acting(self.policy), th.enable_grad():
-            values, log_prob, _ = self.policy.evaluate_actions(*self._examples())
+            values, log_prob, _ = uncompiled(self.policy.evaluate_actions)(*self._examples())
         return Roles(reached(self.policy, [log_prob]), reached(self.policy, [values]))
 
     def _scheduled(self, schedule: Any) -> float | None:

@@ -120,6 +120,24 @@ def test_a_compiled_method_is_not_in_the_way(name) -> None:
     th.testing.assert_close(weights(model.learn(128)), weights(learned("MlpPolicy")))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's tracer
+@pytest.mark.parametrize("at", ["class", "instance"])
+def test_actor_and_critic_are_told_apart_behind_a_compiled_method(at, monkeypatch) -> None:
+    """One graph for all results says of each weight that each result depends on it."""
+
+    class Own(ActorCriticPolicy):
+        pass
+
+    pair = {**SMALL, "max_grad_norm": (0.5, 0.5)}
+    model, plain = (PPOPenalty(policy, "Pendulum-v1", **pair) for policy in (Own, ActorCriticPolicy))
+    place = Own if at == "class" else model.policy
+    monkeypatch.setattr(place, "evaluate_actions", th.compile(place.evaluate_actions, backend="aot_eager"))
+    actor, critic = model.learn(64)._roles()
+    assert {name.split(".")[1] for name in actor if "mlp" in name} == {"policy_net"}
+    assert (len(actor), len(critic)) == (7, 6)
+    th.testing.assert_close(weights(model), weights(plain.learn(64)))
+
+
 def test_the_actor_runs_once_per_minibatch() -> None:
     """64 steps of one environment: 3 epochs of 2 minibatches, and 3 passes more: looked at, frozen, measured."""
     np.random.seed(0)
