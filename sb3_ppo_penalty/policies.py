@@ -46,6 +46,18 @@ def spread_mismatch(own: Container[str], found: Container[str]) -> str | None:
     return None
 
 
+def fused_where_open(optimizer_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Choose torch's fused Adam, one kernel for all weights instead of a dozen for each, where nothing else was chosen.
+
+    :param optimizer_kwargs: a user's; None for SB3's own, which is an ``eps`` of 1e-5
+    :return: the same with ``fused=True``, unless they choose another implementation, with which torch refuses it
+    """
+    options = {"eps": 1e-5} if optimizer_kwargs is None else optimizer_kwargs
+    other = options.get("foreach") is not None or options.get("differentiable", False)
+    return dict(options) if other else {"fused": True, **options}
+
+
 class FixedCovarianceMixin(ActorCriticPolicy):
     """
     Gives an actor-critic policy of SB3, on Box action spaces, the distribution ``N(mean(s), S)`` with a constant S.
@@ -102,10 +114,15 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             if not 0 < self._requested_covariance < np.inf:
                 raise ValueError(f"`log_std_init` must give a positive finite spread, got {kwargs['log_std_init']!r}")
         self._covariance_is_asked_for = covariance is not None or learn_covariance
+        chosen = kwargs.get("optimizer_kwargs")
         if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
-            # SB3's eps, and one kernel for all weights instead of a dozen for each
-            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {"eps": 1e-5})}
+            kwargs["optimizer_kwargs"] = fused_where_open(chosen)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+        if "fused" not in (chosen or {}) and not all(weight.is_floating_point() for weight in self.parameters()):
+            # The fused kernel takes no complex weight
+            self.optimizer_kwargs.pop("fused", None)
+            for group in self.optimizer.param_groups:
+                group["fused"] = None
 
     @property
     def has_fixed_covariance(self) -> bool:
