@@ -112,7 +112,10 @@ class Snapshot:
         for tensor, value in zip(self.tensors, self.values, strict=True):
             tensor.copy_(value)
         for weight, moments in zip(self.weights, self.moments, strict=True):
-            self.optimizer.state[weight] = deepcopy(moments)
+            # Not an empty entry: a weight that the optimizer does not hold could not be saved with it
+            self.optimizer.state.pop(weight, None)
+            if moments:
+                self.optimizer.state[weight] = deepcopy(moments)
 
 
 class Watch:
@@ -160,7 +163,8 @@ class Watch:
         :param stepper: makes the steps that the settings ask for
         :return: what makes the steps of each epoch; between two of them the guard looks at what was made
         """
-        step, inside = stepper(self.settings), self._last_good()
+        # In this order: what a compiled step adds to the optimizer is no part of what was before
+        inside, step = self._last_good(), stepper(self.settings)
         for epoch in range(1, n_epochs + 1):
             yield step
             self.report.kl, self.report.mean_kl = self._measured(self.rollout)
@@ -208,6 +212,8 @@ class Watch:
         """
         names = [name for name, weight in self.policy.named_parameters() if weight.requires_grad]
         own = tuple(name for name in names if name not in self.roles.actor)
+        if not own:
+            return
         held = Snapshot(self.policy, self.roles.actor)
         step = stepper({**self.settings, "learning": own})
         for _ in range(n_epochs):

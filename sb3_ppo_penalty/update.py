@@ -174,7 +174,9 @@ class Descent:
     def __init__(self, policy: ActorCriticPolicy, settings: Settings) -> None:
         weights = dict(policy.named_parameters())
         names = settings["learning"]
-        self.all = list(weights.values())
+        held = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
+        # Those of the optimizer too that are none of the policy's: each once, by identity
+        self.all = list({id(weight): weight for weight in (*weights.values(), *held)}.values())
         # None: whatever the loss depends on
         self.learning = None if names is None else [weights[name] for name in names]
         groups = clipped_together(weights if names is None else names, settings)
