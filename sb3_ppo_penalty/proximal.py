@@ -250,6 +250,19 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         :param error: says why it is not known
         """
 
+    def __getstate__(self) -> dict[str, Any]:
+        """:return: what is pickled and copied: all but the compiled graphs, and who trained."""
+        return {name: value for name, value in vars(self).items() if name not in ("_compiler", "_ranks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """
+        Belong to the session that is open here, as a model that is loaded does.
+
+        :param state: see :meth:`__getstate__`
+        """
+        vars(self).update(state)
+        self._ranks = distributed.current()
+
     def set_random_seed(self, seed: int | None = None) -> None:
         """
         Seed the random generators and the environments, as SB3 does; those of several ranks differently.
@@ -481,7 +494,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
     def _get_compiler(self) -> Any:
         """:return: the one that keeps this model's graphs."""
-        if self._compiler is None:
+        if self._compiler is None or self._compiler.policy is not self.policy:
             # Here, because torch's compiler takes longer to import than everything else together
             from sb3_ppo_penalty.compiled import Compiler
 
