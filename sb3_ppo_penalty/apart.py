@@ -24,6 +24,8 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.utils import _pytree as pytree
 
+from sb3_ppo_penalty.module_state import UnfollowedError, evaluation_state
+
 #: Takes and returns plain tensors
 Graph = Callable[..., list[th.Tensor]]
 #: Traces something, and says what tensors the graph takes
@@ -80,6 +82,38 @@ class Sender(cloudpickle.Pickler):  # type: ignore[misc]
         left_out = {*obj._excluded_save_params()} - {"policy", "device"}
         kept = {name: value for name, value in vars(obj).items() if name not in left_out}
         return copyreg.__newobj__, (type(obj),), kept  # type: ignore[attr-defined]
+
+
+def pickled(obj: Any) -> bytes:
+    """
+    Pickle something that may refer to a model.
+
+    :param obj: a module, or what goes with it
+    :return: see :class:`Sender`
+    """
+    file = io.BytesIO()
+    Sender(file).dump(obj)
+    return file.getvalue()
+
+
+def drawn(draw: Draw, module: th.nn.Module, *arguments: Any) -> tuple[th.fx.GraphModule, list[th.Tensor]]:
+    """
+    Trace a module, and refuse one that changes itself: a graph holds what it was at the time.
+
+    :param draw: traces the module
+    :param module: has a ``policy``
+    :param arguments: of ``draw``, after the module
+    :return: see :data:`Draw`
+    :raises UnfollowedError: naming what has changed
+    """
+    policy: Any = module.policy
+    before = evaluation_state(policy)
+    found = draw(module, *arguments)
+    after = evaluation_state(policy)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        raise UnfollowedError(f"evaluating the policy changes `{changed[0]}`, which a graph would not")
+    return found
 
 
 def library(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> str:
@@ -139,7 +173,7 @@ def answer(request: bytes) -> tuple[bool, str]:
         th.set_num_threads(threads)
         th.set_default_dtype(dtype)
         th.set_float32_matmul_precision(precision)
-        return True, library(*draw(module, *hollow(arguments, "cpu")))
+        return True, library(*drawn(draw, module, *hollow(arguments, "cpu")))
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
 
@@ -193,16 +227,16 @@ class Workshop:
         :param module: its first argument
         :param arguments: its further ones; of their tensors only shape and type are sent
         :return: the graph, compiled
-        :raises ApartError: if that did not work, for whatever reason
+        :raises UnfollowedError: if the module changes itself
+        :raises ApartError: if that did not work, for whatever other reason
         """
         surroundings = (th.get_num_threads(), th.get_default_dtype(), th.get_float32_matmul_precision())
         try:
-            file = io.BytesIO()
-            Sender(file).dump((surroundings, draw, module, hollow(arguments, "meta")))
+            request = pickled((surroundings, draw, module, hollow(arguments, "meta")))
             process = self._open()
             assert process.stdin is not None
             assert process.stdout is not None
-            pickle.dump(file.getvalue(), process.stdin)
+            pickle.dump(request, process.stdin)
             process.stdin.flush()
             worked, found = pickle.load(process.stdout)
             if worked:
@@ -214,4 +248,5 @@ class Workshop:
                 raise
             # What cannot be pickled, a process that cannot be started or that died, a library that does not load
             raise ApartError(f"{type(error).__name__}: {error}") from error
-        raise ApartError(found)
+        kind, _, reason = found.partition(": ")
+        raise UnfollowedError(reason) if kind == UnfollowedError.__name__ else ApartError(found)

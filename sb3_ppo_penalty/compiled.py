@@ -8,6 +8,7 @@ over at any time and a saved file knows nothing of it.
 """
 
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sb3_ppo_penalty.apart import Draw, Graph, Workshop, each_tensor
+from sb3_ppo_penalty.apart import Draw, Graph, Workshop, drawn, each_tensor, pickled
 from sb3_ppo_penalty.losses import k3_estimate
+from sb3_ppo_penalty.module_state import UnfollowedError, module_state
 from sb3_ppo_penalty.policies import STAND_INS, FixedCovarianceMixin
 from sb3_ppo_penalty.rollout import Minibatch
 from sb3_ppo_penalty.update import (
@@ -35,6 +37,14 @@ from sb3_ppo_penalty.update import (
 )
 
 LOGGER = logging.getLogger(__name__)
+
+#: How far a graph's weights, and the rollout's record of the old policy, are moved to check it: see :func:`moved_apart`.
+#: Nothing is moved first, since an update begins there; then the ratios are large, and the divergence goes from 0 to large
+DISTANCES = ((0.0, 0.0), (0.0, 2.0), (0.1, 2.0), (0.5, 2.0), (2.0, 2.0))
+#: At each distance. One may put a sample on the edge of a clip or of a unit, where rounding decides; a wrong graph fails all
+ATTEMPTS = 3
+#: A policy or a loss that needs more graphs than that keeps changing: compiling would take longer than it saves
+MAX_GRAPHS = 8
 
 
 class AdamOptions(NamedTuple):
@@ -94,17 +104,66 @@ def adam_step(
     return weight - learning_rate / (1 - beta**step) * exp_avg / root, exp_avg, exp_avg_sq
 
 
-def why_not(optimizer: th.optim.Optimizer) -> str | None:
+def held_names(policy: ActorCriticPolicy) -> list[str]:
     """
-    :param optimizer: of the policy
-    :return: why its step cannot be part of a graph, or None if it can
+    Find the weights that the optimizer moves: a user may have given it some of the policy's alone.
+
+    :param policy: with its optimizer
+    :return: names of the weights that learn and that the optimizer holds
     """
+    held = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
+    return [name for name, weight in policy.named_parameters() if weight.requires_grad and id(weight) in held]
+
+
+def why_not(policy: ActorCriticPolicy) -> str | None:
+    """
+    Say what speaks against a graph before anything is traced.
+
+    :param policy: with its optimizer
+    :return: why the step of the two cannot be a graph, or None if it can
+    """
+    return _why_not_optimizer(policy) or _why_not_hooks(policy)
+
+
+def _why_not_optimizer(policy: ActorCriticPolicy) -> str | None:
+    """
+    Look for what :func:`adam_step` does not do.
+
+    :param policy: with its optimizer
+    :return: why the optimizer's step cannot be part of a graph, or None if it can
+    """
+    optimizer = policy.optimizer
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return f"the optimizer is {type(optimizer).__name__}, not Adam"
     if len(optimizer.param_groups) > 1:
         return "the optimizer has more than one group of parameters"
     unusual = [name for name in ("amsgrad", "maximize", "differentiable") if optimizer.param_groups[0][name]]
-    return f"the optimizer is an Adam with {unusual[0]}" if unusual else None
+    if unusual:
+        return f"the optimizer is an Adam with {unusual[0]}"
+    own = {id(weight) for weight in policy.parameters()}
+    if any(id(weight) not in own for weight in optimizer.param_groups[0]["params"]):
+        return "the optimizer holds weights that are not the policy's"
+    if not held_names(policy):
+        return "the optimizer holds no weight of the policy that learns"
+    complex_valued = [name for name, weight in policy.named_parameters() if weight.is_complex()]
+    return f"the weight {complex_valued[0]} is complex" if complex_valued else None
+
+
+def _why_not_hooks(policy: ActorCriticPolicy) -> str | None:
+    """
+    Look for a user's functions that torch calls on the way, and a graph would not.
+
+    :param policy: with its optimizer
+    :return: where there is one, or None if there is none
+    """
+    optimizer = policy.optimizer
+    if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks"
+    if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in policy.parameters()):
+        return "a weight has hooks"
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = [type(module).__name__ for module in policy.modules() if any(getattr(module, kind) for kind in kinds)]
+    return f"a module, {hooked[0]}, has hooks" if hooked else None
 
 
 class _Loss(nn.Module):
@@ -133,18 +192,18 @@ class Inputs(NamedTuple):
     """
     What a graph reads or writes besides the minibatch.
 
-    :param weights: those that learn, by name
-    :param exp_avg: Adam's mean of the gradients, a tensor per weight
-    :param exp_avg_sq: Adam's mean of their squares, a tensor per weight
-    :param steps: Adam's step counts, shape (number of weights,)
+    :param weights: those that have a gradient, by name
+    :param exp_avg: Adam's mean of the gradients, for each weight that the optimizer moves
+    :param exp_avg_sq: Adam's mean of their squares, for the same
+    :param steps: Adam's step counts, in that order, shape (number of weights that the optimizer moves,)
     :param others: the policy's further tensors by name: buffers, and weights that do not learn
     :param learning_rate: scalar
     :param settings: see :class:`~sb3_ppo_penalty.update.EagerStepper`, with scalar tensors in place of floats
     """
 
     weights: dict[str, th.Tensor]
-    exp_avg: list[th.Tensor]
-    exp_avg_sq: list[th.Tensor]
+    exp_avg: dict[str, th.Tensor]
+    exp_avg_sq: dict[str, th.Tensor]
     steps: th.Tensor
     others: dict[str, th.Tensor]
     learning_rate: th.Tensor
@@ -158,19 +217,21 @@ class Inputs(NamedTuple):
         :param policy: its optimizer is an Adam
         :param settings: of one update
         """
-        state = policy.optimizer.state
-        learning = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-        for weight in learning.values():
-            if not state[weight]:
-                means = {name: th.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                state[weight] = {"step": th.zeros(()), **means}
-        steps = th.stack([state[weight]["step"] for weight in learning.values()]).to(policy.device)
-        for weight, step in zip(learning.values(), steps, strict=True):
+        weights, state = dict(policy.named_parameters()), policy.optimizer.state
+        learning = weights if settings["learning"] is None else settings["learning"]
+        moved = {name: state[weights[name]] for name in held_names(policy) if name in learning}
+        for name, own in moved.items():
+            if not own:
+                means = {mean: th.zeros_like(weights[name]) for mean in ("exp_avg", "exp_avg_sq")}
+                own.update(step=th.zeros((), device=policy.device), **means)
+        # On the device, wherever another optimizer, or a file of its, has kept them
+        steps = th.stack([own["step"].to(policy.device) for own in moved.values()])
+        for own, step in zip(moved.values(), steps, strict=True):
             # A view, so that the graph counts for all weights at once
-            state[weight]["step"] = step
+            own["step"] = step
         return cls.of_loss(policy, settings)._replace(
-            exp_avg=[state[weight]["exp_avg"] for weight in learning.values()],
-            exp_avg_sq=[state[weight]["exp_avg_sq"] for weight in learning.values()],
+            exp_avg={name: own["exp_avg"] for name, own in moved.items()},
+            exp_avg_sq={name: own["exp_avg_sq"] for name, own in moved.items()},
             steps=steps,
         )
 
@@ -190,8 +251,8 @@ class Inputs(NamedTuple):
 
         return cls(
             weights={name: weight.detach() for name, weight in learning.items()},
-            exp_avg=[],
-            exp_avg_sq=[],
+            exp_avg={},
+            exp_avg_sq={},
             steps=th.zeros(0, device=policy.device),
             others={name: tensor for name, tensor in tensors.items() if name not in learning},
             learning_rate=scalar(policy.optimizer.param_groups[0]["lr"]),
@@ -199,17 +260,50 @@ class Inputs(NamedTuple):
         )
 
 
-def differentiated(inputs: Inputs, batch: Minibatch, loss: nn.Module) -> tuple[Terms, dict[str, th.Tensor | None]]:
+def call_with(module: nn.Module, tensors: dict[str, th.Tensor], *arguments: Any) -> Any:
     """
-    :param inputs: nothing of them is changed
+    Call a module with other tensors in place of its own.
+
+    :param module: keeps its own tensors
+    :param tensors: weights and buffers by name; what the module does to them in place is done to these
+    :param arguments: of the call
+    :return: what the module returns
+    :raises UnfollowedError: if it puts another tensor in the place of one
+    """
+    exchanged = dict(tensors)
+    # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
+    found = th.func.functional_call(module, exchanged, arguments, tie_weights=False)
+    # torch notes there what a module has assigned
+    assigned = [name for name, tensor in tensors.items() if exchanged[name] is not tensor]
+    if assigned:
+        raise UnfollowedError(f"evaluating the policy assigns `{assigned[0]}`, which a graph would not")
+    return found
+
+
+def evaluated(inputs: Inputs, batch: Minibatch, loss: nn.Module) -> tuple[Terms, dict[str, th.Tensor]]:
+    """
+    Work out the loss.
+
+    :param inputs: nothing of them is changed but what the policy itself changes, such as a batch norm's running means
     :param batch: some transitions
     :param loss: with the policy inside
-    :return: the loss and its parts, and the gradient with respect to each weight that moves, None where there is none
+    :return: the loss and its parts, and the weights by which it can be differentiated
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
     exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
-    # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
-    terms: Terms = th.func.functional_call(loss, exchanged, (batch, inputs.settings), tie_weights=False)
+    return call_with(loss, exchanged, batch, inputs.settings), weights
+
+
+def differentiated(inputs: Inputs, batch: Minibatch, loss: nn.Module) -> tuple[Terms, dict[str, th.Tensor | None]]:
+    """
+    Work out the loss and its gradient.
+
+    :param inputs: as in :func:`evaluated`
+    :param batch: some transitions
+    :param loss: with the policy inside
+    :return: the loss and its parts, and the gradient with respect to each weight that may move, None where there is none
+    """
+    terms, weights = evaluated(inputs, batch, loss)
     names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
     gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
     return terms, dict(zip(names, gradients, strict=True))
@@ -268,15 +362,14 @@ def whole_step(inputs: Inputs, batch: Minibatch, loss: nn.Module, options: AdamO
         norms, found = clipped(gradients, inputs.settings, terms.loss)
         limit = inputs.settings["stop_kl"]
         stopped = None if limit is None else k3_estimate(terms.log_ratio) > limit
-        columns = (inputs.weights.items(), inputs.exp_avg, inputs.exp_avg_sq, inputs.steps + 1)
-        for (name, weight), exp_avg, exp_avg_sq, step in zip(*columns, strict=True):
+        for name, step in zip(inputs.exp_avg, inputs.steps + 1, strict=True):
             if name not in found:
                 continue
-            old = (weight, exp_avg, exp_avg_sq)
+            old = (inputs.weights[name], inputs.exp_avg[name], inputs.exp_avg_sq[name])
             new = adam_step(*old[:1], found[name], *old[1:], step, inputs.learning_rate, options)
             for before, after in zip(old, new, strict=True):
                 before.copy_(after if stopped is None else th.where(stopped, before, after))
-        moved = th.stack([th.full((), float(name in found), device=inputs.steps.device) for name in inputs.weights])
+        moved = th.stack([th.full((), float(name in found), device=inputs.steps.device) for name in inputs.exp_avg])
         inputs.steps.add_(moved if stopped is None else moved * ~stopped)
     # Copies: a term may be a view of a tensor of the policy's
     record = [term.detach().clone() for term in terms]
@@ -380,7 +473,7 @@ def draw_networks(networks: "_Networks", obs: Any) -> tuple[th.fx.GraphModule, l
         seen = given[len(own) :]
         state = dict(zip(own, given, strict=False))
         given_obs = seen[0] if keys is None else dict(zip(keys, seen, strict=True))
-        found: tuple[th.Tensor, th.Tensor] = th.func.functional_call(networks, state, (given_obs,), tie_weights=False)
+        found: tuple[th.Tensor, th.Tensor] = call_with(networks, state, given_obs)
         return found
 
     examples = [*own.values(), *observations]
@@ -398,9 +491,83 @@ def alike(ours: list[th.Tensor], theirs: list[th.Tensor]) -> bool:
     return all(th.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-4, equal_nan=True) for a, b in pairs)
 
 
+def same_draws(run: Callable[[], Any]) -> Any:
+    """
+    Run something, and set the random generators back: what runs next draws the same numbers.
+
+    :param run: may draw
+    :return: what it returns
+    """
+    devices = [th.cuda.current_device()] if th.cuda.is_available() else []
+    with th.random.fork_rng(devices=devices):
+        return run()
+
+
+def moved_apart(
+    inputs: Inputs, batch: Minibatch, distances: tuple[float, float], generator: th.Generator
+) -> tuple[Inputs, Minibatch]:
+    """
+    Move copies of policy and rollout apart, so that ratio, divergence, clips and cutoff all act.
+
+    :param inputs: are not changed
+    :param batch: is not changed
+    :param distances: of the weights: at 1, what a layer makes of inputs of size 1 changes by about 1; and of the rollout:
+        at 1, the log-ratios change by about 1 nat, and the old values by about as much as they are clipped at
+    :param generator: of the noise
+    :return: the copies
+    """
+    inputs, batch = each_tensor((inputs, batch), th.clone)
+    of_weights, of_rollout = distances
+
+    def noise(like: th.Tensor) -> th.Tensor:
+        return th.randn(like.shape, generator=generator).to(like)
+
+    for weight in inputs.weights.values():
+        fan_in = weight[0].numel() if weight.dim() > 1 else 1
+        weight.add_(of_weights * noise(weight) / fan_in**0.5)
+    batch.old_log_prob.add_(of_rollout * noise(batch.old_log_prob))
+    clip_range_vf = inputs.settings["clip_range_vf"]
+    if clip_range_vf is not None:
+        batch.old_values.add_(of_rollout * noise(batch.old_values) * clip_range_vf)
+    return inputs, batch
+
+
+def agrees(graph: Graph, loss: _Loss, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> bool:
+    """
+    Compare a step with that of a graph: its terms, what it leaves behind, and its gradient, where an error of a wrong graph
+    is not lost in rounding.
+
+    :param graph: of the step
+    :param loss: with the policy inside
+    :param inputs: of the step; it is made
+    :param batch: some transitions
+    :param options: Adam's constants; None for the gradient alone
+    :return: whether the graph does what :func:`one_step` does
+    """
+    theirs, their_batch = each_tensor((inputs, batch), th.clone)
+    expected = same_draws(lambda: one_step(inputs, batch, loss, options))
+    found = same_draws(lambda: graph(*fixed_tensors(theirs, their_batch), *their_batch.columns))
+    # Adam's mean, not the new weights: those it moves as much where the gradient is rounding as elsewhere
+    gradients, their_gradients = list(inputs.exp_avg.values()), list(theirs.exp_avg.values())
+    if options is None:
+        (*expected, gradient), (*found, their_gradient) = expected, found
+        gradients, their_gradients = [gradient], [their_gradient]
+    # Their lengths, not their entries: a unit whose input is rounded to the other side of 0 changes single entries by a
+    # sample's share
+    lengths = [gradient.norm() for gradient in gradients]
+    bounds = [1e-2 * length + 1e-6 * max(lengths) for length in lengths]
+    pairs = zip(gradients, their_gradients, bounds, strict=True)
+    left, their_left = (
+        [*of.others.values(), of.steps, *seen.columns] for of, seen in ((inputs, batch), (theirs, their_batch))
+    )
+    # Not finite far away: then of both
+    close = all(bool((a - b).norm() <= bound) or not bool(bound.isfinite()) for a, b, bound in pairs)
+    return close and alike(found, expected) and alike(their_left, left)
+
+
 def is_right_step(graph: Graph, loss: _Loss, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> bool:
     """
-    Make a step on copies, and compare: its terms, and its gradient, where an error of a wrong graph is not lost in rounding.
+    Check a graph at the old policy and away from it: there alone the ratio is 1, and the divergence and its gradient are 0.
 
     :param graph: of the step
     :param loss: with the policy inside
@@ -409,20 +576,47 @@ def is_right_step(graph: Graph, loss: _Loss, inputs: Inputs, batch: Minibatch, o
     :param options: Adam's constants; None for the gradient alone
     :return: whether the graph does what :func:`one_step` does
     """
+    generator = th.Generator().manual_seed(0)
+
+    def right(distances: tuple[float, float]) -> bool:
+        apart = (moved_apart(inputs, batch, distances, generator) for _ in range(ATTEMPTS))
+        return any(agrees(graph, loss, *each, options) for each in apart)
+
+    return all(map(right, DISTANCES))
+
+
+@th.no_grad()
+def is_still_right(graph: Graph, loss: _Loss, inputs: Inputs, batch: Minibatch) -> bool:
+    """
+    Look, once per update, for what a graph cannot know of: something that the policy or the loss reads elsewhere has changed.
+
+    :param graph: of the step
+    :param loss: with the policy inside
+    :param inputs: of the step; nothing of them is changed
+    :param batch: some transitions
+    :return: whether the graph finds the terms that the loss has
+    """
     (ours, our_batch), (theirs, their_batch) = (each_tensor((inputs, batch), th.clone) for _ in range(2))
-    expected = one_step(ours, our_batch, loss, options)
-    found = graph(*fixed_tensors(theirs, their_batch), *their_batch.columns)
-    # Adam's mean, not the new weights: those it moves as much where the gradient is rounding as elsewhere
-    gradients, their_gradients = ours.exp_avg, theirs.exp_avg
-    if options is None:
-        (*expected, gradient), (*found, their_gradient) = expected, found
-        gradients, their_gradients = [gradient], [their_gradient]
-    # Their lengths, not their entries: a unit whose input is rounded to the other side of 0 changes single entries by a
-    # sample's share
-    lengths = [gradient.norm() for gradient in gradients]
-    bounds = [1e-2 * length + 1e-4 * max(lengths) for length in lengths]
-    pairs = zip(gradients, their_gradients, bounds, strict=True)
-    return alike(found, expected) and all(bool((a - b).norm() <= bound) for a, b, bound in pairs)
+    expected, _ = same_draws(lambda: evaluated(ours, our_batch, loss))
+    found = same_draws(lambda: graph(*fixed_tensors(theirs, their_batch), *their_batch.columns))
+    return alike(found[: len(expected)], list(expected))
+
+
+@th.no_grad()
+def is_right_actor(graph: Graph, networks: "_Networks", obs: Any) -> bool:
+    """
+    Compare what the networks find, and leave behind, with what a graph does.
+
+    :param graph: of the networks
+    :param networks: of a policy; nothing of them is changed
+    :param obs: some observations
+    :return: whether the two are the same
+    """
+    (ours, our_obs), (theirs, their_obs) = (each_tensor((networks.tensors(), obs), th.clone) for _ in range(2))
+    seen, their_seen = (list(each.values()) if isinstance(each, dict) else [each] for each in (our_obs, their_obs))
+    expected = same_draws(lambda: call_with(networks, ours, our_obs))
+    found = same_draws(lambda: graph(*theirs.values(), *their_seen))
+    return alike([*found, *theirs.values(), *their_seen], [*expected, *ours.values(), *seen])
 
 
 class Compiler:
@@ -437,8 +631,9 @@ class Compiler:
         self.policy = policy
         self.loss = _Loss(policy, evaluate)
         self.graphs: dict[Any, Graph] = {}
-        self.actors: dict[Any, Graph | None] = {}
+        self.actors: dict[Any, Graph] = {}
         self.workshop = Workshop()
+        self.made = 0
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
 
@@ -448,7 +643,9 @@ class Compiler:
         :param batch_size: the size to compile for; any other minibatch takes the eager step
         :return: the compiled step, or the eager one where torch cannot compile it
         """
-        if not self.willing():
+        learning = eager.settings["learning"]
+        idle = learning is not None and not {*learning} & {*held_names(self.policy)}
+        if idle or not self.willing():
             return eager
         if isinstance(eager, EagerStepper):
             return CompiledStepper(self, eager, batch_size)
@@ -457,7 +654,7 @@ class Compiler:
 
     def willing(self) -> bool:
         """:return: whether there is anything to compile; warns once if not."""
-        reason = why_not(self.policy.optimizer)
+        reason = why_not(self.policy)
         if self.refusal is None and reason is not None:
             self.refuse(reason)
         return self.refusal is None
@@ -481,26 +678,50 @@ class Compiler:
         :param options: Adam's constants; None for the gradient alone
         :return: the graph and what it returned, or None, with the inputs as they were, where torch cannot make one
         """
-        leaves, structure = pytree.tree_flatten((inputs, batch))
-        kinds = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
         tensors = [*fixed_tensors(inputs, batch), *batch.columns]
-        key = (str(structure), kinds, options)
-        if key in self.graphs:
+        key = self._kind_of(inputs, batch, options)
+        try:
+            if key not in self.graphs or not self._is_still_right(self.graphs[key], inputs, batch):
+                self.graphs[key] = self._compile(inputs, batch, options)
             with th.no_grad():
                 return self.graphs[key], self.graphs[key](*tensors)
-        try:
-            graph = self._compile(inputs, batch, options)
-            with th.no_grad():
-                record = graph(*tensors)
         # Whatever torch's tracer, its compiler or the machine's C++ compiler stumbles over in a policy of the user's
         except Exception as error:
             self.refuse(in_one_line(error))
             return None
-        self.graphs[key] = graph
-        return graph, record
+
+    def _kind_of(self, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> Any:
+        """
+        Find what a graph is made for.
+
+        :param inputs: of the step
+        :param batch: some transitions
+        :param options: Adam's constants; None for the gradient alone
+        :return: the same for two steps that one graph can make
+        """
+        leaves, structure = pytree.tree_flatten((inputs, batch))
+        kinds = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
+        places: dict[int, int] = {}
+        # Also which of them are one: the divergence is another while the covariance is the very same tensor
+        same = tuple(places.setdefault(id(leaf), len(places)) for leaf in leaves if isinstance(leaf, th.Tensor))
+        return str(structure), kinds, same, options, tuple(module_state(self.policy).items())
+
+    def _is_still_right(self, graph: Graph, inputs: Inputs, batch: Minibatch) -> bool:
+        """
+        Look at what no key can hold: see :func:`is_still_right`.
+
+        :param graph: of an earlier update
+        :param inputs: of the step; nothing of them is changed
+        :param batch: some transitions
+        :return: whether the graph can make this update too
+        """
+        with _traceable(self.policy):
+            return is_still_right(graph, self.loss, inputs, batch)
 
     def _compile(self, inputs: Inputs, batch: Minibatch, options: AdamOptions | None) -> Graph:
         """
+        Make the graph of a step.
+
         :param inputs: of the step
         :param batch: some transitions
         :param options: Adam's constants; None for the gradient alone
@@ -524,19 +745,30 @@ class Compiler:
         :param module: with the policy inside
         :param arguments: of ``draw``, after the module
         :return: the graph
+        :raises UnfollowedError: if no graph does what the module does, or none does so for long
         """
-        if self.policy.device.type == "cpu":
-            reason = "it came out different there"
-            try:
-                with _traceable(self.policy), th.random.fork_rng(devices=[]):
+        self.made += 1
+        if self.made > MAX_GRAPHS:
+            raise UnfollowedError(f"the policy, or the loss, has changed so often that it would need {self.made} graphs")
+        reason = None
+        with _traceable(self.policy):
+            if self.policy.device.type == "cpu":
+                reason = "it came out different there"
+                try:
                     graph = self.workshop(draw, module, *arguments)
                     if is_right(graph):
                         return graph
-            # Whatever it was: what cannot be compiled here either says so below
-            except Exception as error:
-                reason = in_one_line(error)
+                except UnfollowedError:
+                    raise
+                # Whatever it was: what cannot be compiled here either says so below
+                except Exception as error:
+                    reason = in_one_line(error)
+            graph = compiled(*drawn(draw, duplicate(module), *arguments))
+            if not is_right(graph):
+                raise UnfollowedError("the compiled graph comes out different from the policy's own step")
+        if reason:
             LOGGER.warning("compiled in the training process, which takes 90 MB more of its memory: %s", reason)
-        return compiled(*draw(module, *arguments))
+        return graph
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -550,13 +782,14 @@ class Compiler:
             return
         networks = _Networks(policy)
         fixed = list(networks.tensors().values())
+        actors: dict[Any, Graph | None] = {}
 
         def mean_and_value(obs: Any) -> tuple[th.Tensor, th.Tensor]:
             observations = list(obs.values()) if isinstance(obs, dict) else [obs]
-            key = tuple((tensor.shape, tensor.dtype) for tensor in observations)
-            if key not in self.actors:
-                self.actors[key] = self._compile_networks(networks, obs)
-            graph = self.actors[key]
+            kind = tuple((tensor.shape, tensor.dtype) for tensor in observations)
+            if kind not in actors:
+                actors[kind] = self._actor(kind, networks, obs)
+            graph = actors[kind]
             if graph is None:
                 return policy.mean_and_value(obs)
             mean, values = graph(*fixed, *observations)
@@ -568,22 +801,43 @@ class Compiler:
         finally:
             del STAND_INS[policy]
 
-    def _compile_networks(self, networks: "_Networks", obs: Any) -> Graph | None:
+    def _actor(self, kind: Any, networks: "_Networks", obs: Any) -> Graph | None:
         """
+        Look up, or make, the graph with which the policy acts in a rollout.
+
+        :param kind: of the observations
         :param networks: of the policy
         :param obs: some observations
         :return: see :func:`draw_networks`; None where torch cannot make one
         """
-        observations = list(obs.values()) if isinstance(obs, dict) else [obs]
-        fixed = list(networks.tensors().values())
+
+        def is_right(graph: Graph) -> bool:
+            return is_right_actor(graph, networks, obs)
+
+        key = (kind, *module_state(self.policy).items())
         try:
-            return self._made(
-                lambda graph: alike(graph(*fixed, *observations), [*networks(obs)]), draw_networks, networks, obs
-            )
+            if self.refusal is None and (key not in self.actors or not is_right(self.actors[key])):
+                self.actors[key] = self._made(is_right, draw_networks, networks, obs)
+            return None if self.refusal else self.actors[key]
         # As for the step
         except Exception as error:
             self.refuse(in_one_line(error))
             return None
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """
+    Copy a module to trace: what it does to itself on the way is not done to the original.
+
+    :param module: with the policy inside
+    :return: the copy; the module itself where it cannot be pickled
+    """
+    try:
+        copy: nn.Module = pickle.loads(pickled(module))
+    # Whatever a class's own pickling raises
+    except Exception:
+        return module
+    return copy
 
 
 def compiled(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> Graph:
@@ -597,12 +851,22 @@ def compiled(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> Graph:
     graph: Graph
     if examples[0].device.type == "cuda":
         # Launched as one CUDA graph
-        graph = th.compile(traced, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        graph = kept(th.compile(traced, fullgraph=True, dynamic=False, mode="reduce-overhead"))
     else:
         # Straight to the compiler behind `torch.compile`: nothing is left to find out, and nothing to check at each call
         with th.no_grad():
             graph = inductor.compile(traced, list[Any](examples), {"size_asserts": False})
     return graph
+
+
+def kept(graph: Graph) -> Graph:
+    """
+    Copy what a CUDA graph returns: its next replay writes to the same memory.
+
+    :param graph: returns tensors that it will write to again
+    :return: the same, whose tensors stay what they are
+    """
+    return lambda *tensors: [tensor.clone() for tensor in graph(*tensors)]
 
 
 def in_one_line(error: Exception) -> str:

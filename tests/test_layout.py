@@ -30,8 +30,9 @@ LAW = {
     "update": {"torch", SB3, "losses", "rollout"},
     # Data-parallel training; a single process goes through the same calls, which do nothing there
     "distributed": {"torch", SB3, "arguments", "checkpoints", "losses", "rollout", "update"},
-    "apart": {"torch", SB3, "cloudpickle"},
-    "compiled": {"torch", SB3, "apart", "losses", "policies", "rollout", "update"},
+    "module_state": {"torch", "numpy", "gymnasium"},
+    "apart": {"torch", SB3, "cloudpickle", "module_state"},
+    "compiled": {"torch", SB3, "apart", "losses", "module_state", "policies", "rollout", "update"},
     "safe_archive": {"torch", SB3},
     "safe_load": {"torch", "gymnasium", SB3, "arguments", "distributions", "guard", "kl_control", "kl_penalty", "policies"}
     | {"rollout", "safe_archive"},
