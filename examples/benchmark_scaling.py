@@ -34,7 +34,7 @@ import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.distributed import Ranks, session
+from sb3_ppo_penalty.distributed.team import Ranks, session
 
 #: Bytes of the vectors that are summed, one by one
 SIZES = [2**exponent for exponent in range(10, 25, 2)]

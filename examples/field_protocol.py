@@ -35,7 +35,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
-from sb3_ppo_penalty.proximal import ProximalAlgorithm
+from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm
 
 OUT = Path(__file__).parent / "results" / "field_protocol"
 #: 488 rollouts of 2,048 steps, as CleanRL counts a million

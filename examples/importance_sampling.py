@@ -22,8 +22,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch.distributions import Normal
 
-from sb3_ppo_penalty.divergence import kl_diagonal_gaussian
-from sb3_ppo_penalty.losses import effective_sample_size, importance_ratio
+from sb3_ppo_penalty.objectives.divergence import kl_diagonal_gaussian
+from sb3_ppo_penalty.objectives.losses import effective_sample_size, importance_ratio
 
 #: (shift, width) of q: it moves away, then it is too narrow or too wide
 TABLE = (

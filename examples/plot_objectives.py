@@ -20,9 +20,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from numpy.polynomial.hermite_e import hermegauss
 
-from sb3_ppo_penalty import losses
-from sb3_ppo_penalty.distributions import DEFAULT_VARIANCE
-from sb3_ppo_penalty.divergence import kl_diagonal_gaussian
+from sb3_ppo_penalty.objectives import losses
+from sb3_ppo_penalty.objectives.divergence import kl_diagonal_gaussian
+from sb3_ppo_penalty.policies.distributions import DEFAULT_VARIANCE
 
 EPS = 0.2
 #: The last one puts the best mean where KL(old || new) is the default target, 0.01 nats: there KL = 1 / (2 beta^2)

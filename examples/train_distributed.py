@@ -26,7 +26,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, resume
-from sb3_ppo_penalty.distributed import Ranks, session
+from sb3_ppo_penalty.distributed.team import Ranks, session
 
 
 def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:

@@ -19,7 +19,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty, losses
+from sb3_ppo_penalty import DOCUMENT_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty
+from sb3_ppo_penalty.objectives import losses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

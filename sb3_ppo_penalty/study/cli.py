@@ -224,12 +224,12 @@ def backend_named(name: str) -> "Backend":
     """
     # Not at the top: Ray is optional, and takes a second
     if name == RAY:
-        from sb3_ppo_penalty.study import cluster
+        from sb3_ppo_penalty.study import ray_backend
 
-        return cluster.perform_all
-    from sb3_ppo_penalty.study import processes
+        return ray_backend.perform_all
+    from sb3_ppo_penalty.study import joblib_backend
 
-    return processes.perform_all
+    return joblib_backend.perform_all
 
 
 def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:

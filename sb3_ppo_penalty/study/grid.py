@@ -96,7 +96,7 @@ class Run:
     The package's source code is no part of it: an edit would make every finished run count as missing. It is noted beside the
     result instead, see :func:`source_digest`.
 
-    :param algo: name in :data:`~sb3_ppo_penalty.study.algorithms.ALGORITHMS`, or of a variant
+    :param algo: name in :data:`~.ALGORITHMS`, or of a variant
     :param seed: of the networks, of the actions and, plus its number, of each training environment
     :param hyperparams: as they stand in RL Zoo's files
     :param task: shared with the other runs

@@ -18,7 +18,7 @@ CHILDREN = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_vi
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """
-    Run one of RL Zoo's commands, after :func:`~sb3_ppo_penalty.zoo.register`.
+    Run one of RL Zoo's commands, after :func:`~.register`.
 
     :param command: one of :data:`FUNCTIONS` or :data:`SCRIPTS`
     :param arguments: RL Zoo's own, see its ``--help``

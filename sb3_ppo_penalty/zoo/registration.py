@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.zoo import HYPERPARAMS
-from sb3_ppo_penalty.zoo.search import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
+from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
 
 class Entry(NamedTuple):

@@ -1,0 +1,1 @@
+"""The algorithms as a user sees them."""

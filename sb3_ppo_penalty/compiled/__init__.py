@@ -1,0 +1,1 @@
+"""The optimizer's step and the acting policy as compiled graphs."""

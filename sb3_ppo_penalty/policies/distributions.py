@@ -1,0 +1,227 @@
+"""The Gaussian whose covariance does not learn: isotropic, diagonal or full."""
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal
+
+from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_fixed_diagonal, kl_fixed_full, parameters_of
+
+SelfFixedGaussian = TypeVar("SelfFixedGaussian", bound="FixedGaussianDistribution")
+
+#: The document's covariance, section 5: 0.5 times the identity
+DEFAULT_VARIANCE = 0.5
+
+
+def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
+    """
+    Check a covariance and bring it into one of two shapes.
+
+    :param covariance: one variance for all action dimensions, one variance per dimension, or a full symmetric
+        positive-definite matrix; in the squared unit of the action
+    :param action_dim: number of action dimensions
+    :return: variances, shape (action_dim,), or the matrix, shape (action_dim, action_dim); float64
+    :raises ValueError: says what is wrong: shape, sign, symmetry, definiteness, a value that is not finite
+    """
+    try:
+        values = np.array(covariance.tolist() if isinstance(covariance, th.Tensor) else covariance)
+    except ValueError as error:
+        raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}") from error
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32).astype(np.float64)  # checked as the policy will hold them
+    if values.ndim == 0:
+        values = np.full(action_dim, values)
+    if values.shape not in ((action_dim,), (action_dim, action_dim)):
+        raise ValueError(
+            f"`covariance` must be one variance, {action_dim} variances or a {action_dim} x {action_dim} matrix "
+            f"for this action space, got shape {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"`covariance` must be finite, got {covariance!r}")
+    if values.ndim == 1 and (values <= 0).any():
+        raise ValueError(f"`covariance` must be positive: a variance cannot be {values.min():g}")
+    if values.ndim == 2:
+        _check_matrix(values)
+    return th.as_tensor(values)
+
+
+def _check_matrix(values: np.ndarray[Any, Any]) -> None:
+    """
+    :param values: a finite square matrix
+    :raises ValueError: if it is not symmetric, or not positive definite beyond rounding errors
+    """
+    deviations = np.sqrt(np.abs(values.diagonal()))
+    # R D R^T leaves unequal rounding errors where 0 is meant: small beside the variances, not beside each other
+    if (np.abs(values - values.T) > 1e-6 * np.outer(deviations, deviations)).any():
+        raise ValueError(f"`covariance` must be symmetric, got {values.tolist()}")
+    eigenvalues = np.linalg.eigvalsh(values)
+    if eigenvalues.min() <= len(values) * np.finfo(np.float64).eps * np.abs(eigenvalues).max():
+        raise ValueError(f"`covariance` must be positive definite: its smallest eigenvalue is {eigenvalues.min():g}")
+
+
+class GaussianConstants(NamedTuple):
+    """
+    What follows from the covariance alone, worked out once instead of at every call.
+
+    :param scale: standard deviations, shape (action_dim,), or the lower Cholesky factor, shape (action_dim, action_dim)
+    :param whitening: inverse of ``scale`` (of each number, or of the matrix), same shape
+    :param log_normalizer: log of the density's denominator, ``(d log(2 pi) + log det S) / 2``, scalar
+    :param entropy: ``(d (1 + log(2 pi)) + log det S) / 2``, scalar, in nats
+    """
+
+    scale: th.Tensor
+    whitening: th.Tensor
+    log_normalizer: th.Tensor
+    entropy: th.Tensor
+
+    @classmethod
+    def of(cls, covariance: th.Tensor) -> "GaussianConstants":
+        """
+        :param covariance: variances, shape (action_dim,), or the matrix, shape (action_dim, action_dim)
+        :return: computed in float64 and returned in the covariance's type
+        """
+        exact = covariance.double().cpu()
+        if exact.dim() == 1:
+            scale = deviations = exact.sqrt()
+            whitening = 1 / scale
+        else:
+            scale = th.linalg.cholesky(exact)
+            deviations = scale.diagonal()
+            whitening = th.linalg.solve_triangular(scale, th.eye(len(scale), dtype=scale.dtype), upper=False)
+        log_normalizer = deviations.log().sum() + 0.5 * len(deviations) * math.log(2 * math.pi)
+        constants = (scale, whitening, log_normalizer, log_normalizer + 0.5 * len(deviations))
+        return cls(*(constant.to(covariance) for constant in constants))
+
+
+class FixedGaussianDistribution(DiagGaussianDistribution):
+    """
+    ``MultivariateNormal(mean, S)`` with an S that no gradient reaches (the document, section 5: S = 0.5 I).
+
+    It stands where SB3 puts its ``DiagGaussianDistribution`` and draws the same random numbers in the same order.
+
+    :param action_dim: number of action dimensions
+    """
+
+    def __init__(self, action_dim: int):
+        super().__init__(action_dim)
+        self._mean: th.Tensor
+        self.constants: GaussianConstants
+
+    def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, Any]:
+        """
+        :param latent_dim: width of the policy's last layer
+        :param log_std_init: not used, the covariance comes with every call
+        :return: the layer that gives the mean, and None where SB3's Gaussian has its learned ``log_std``
+        """
+        return nn.Linear(latent_dim, self.action_dim), None
+
+    def proba_distribution(  # type: ignore[override]
+        self: SelfFixedGaussian, mean_actions: th.Tensor, constants: GaussianConstants
+    ) -> SelfFixedGaussian:
+        """
+        :param mean_actions: shape (batch, action_dim)
+        :param constants: of the covariance
+        :return: self
+        """
+        self._mean, self.constants = mean_actions, constants
+        return self
+
+    @property
+    def distribution(self) -> Normal | MultivariateNormal:  # type: ignore[override]
+        """The same distribution as torch has it, for code (TRPO's divergence) that asks for that."""
+        scale = self.constants.scale
+        if scale.dim() == 1:
+            return Normal(self._mean, scale, validate_args=False)
+        return MultivariateNormal(self._mean, scale_tril=scale, validate_args=False)
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """
+        ``-|L^-1 (a - mean)|^2 / 2 - log_normalizer`` with ``L L^T = S``.
+
+        :param actions: shape (batch, action_dim)
+        :return: log-density, shape (batch,)
+        """
+        difference, whitening = actions - self._mean, self.constants.whitening
+        white = difference * whitening if whitening.dim() == 1 else difference @ whitening.mT
+        return -0.5 * white.square().sum(dim=1) - self.constants.log_normalizer
+
+    def entropy(self) -> th.Tensor:
+        """
+        :return: the same number for every state, shape (batch,), in nats
+        """
+        return self.constants.entropy.expand(len(self._mean))
+
+    def sample(self) -> th.Tensor:
+        """
+        :return: mean + L noise, shape (batch, action_dim), differentiable in the mean
+        :raises ValueError: if a mean is not finite, as torch's own Normal does
+        """
+        return self._mean + self._spread(self._noise())
+
+    def sample_with_log_prob(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw as :meth:`sample` does; the density follows from the noise, ``-|noise|^2 / 2 - log_normalizer``.
+
+        :return: actions, shape (batch, action_dim), and their log-densities, shape (batch,)
+        :raises ValueError: if a mean is not finite
+        """
+        noise = self._noise()
+        return self._mean + self._spread(noise), -0.5 * noise.square().sum(dim=1) - self.constants.log_normalizer
+
+    def get_actions(self, deterministic: bool = False) -> th.Tensor:
+        """
+        What the policy does, as :meth:`mode` or :meth:`sample` has it.
+
+        :param deterministic: whether to take the mean
+        :return: shape (batch, action_dim)
+        :raises ValueError: if a mean is not finite
+        """
+        if deterministic:
+            # `mode` does not ask: the divergence takes the mean from there, also within a compiled graph
+            self._require_finite_mean()
+        actions: th.Tensor = super().get_actions(deterministic)
+        return actions
+
+    def _require_finite_mean(self) -> None:
+        """:raises ValueError: if a mean is not finite; nobody asks in a graph, which cannot branch on a value."""
+        if th.compiler.is_compiling():
+            return
+        # A sum is the cheaper question; only where it overflows without an infinite mean is its answer wrong
+        if not math.isfinite(self._mean.sum().item()) and not th.isfinite(self._mean).all():
+            raise ValueError(f"the policy's mean action is not finite: {self._mean}")
+
+    def _noise(self) -> th.Tensor:
+        """
+        :return: standard normal numbers, shape (batch, action_dim)
+        :raises ValueError: if a mean is not finite
+        """
+        self._require_finite_mean()
+        return th.randn_like(self._mean)
+
+    def _spread(self, noise: th.Tensor) -> th.Tensor:
+        """
+        :param noise: shape (batch, action_dim)
+        :return: L noise, same shape
+        """
+        scale = self.constants.scale
+        return noise * scale if scale.dim() == 1 else noise @ scale.mT
+
+    def mode(self) -> th.Tensor:
+        """
+        :return: the mean, shape (batch, action_dim)
+        """
+        return self._mean
+
+
+@parameters_of.register
+def _(distribution: FixedGaussianDistribution) -> ActionParameters:
+    scale, whitening = distribution.constants.scale, distribution.constants.whitening
+    return ActionParameters(
+        kl_fixed_diagonal if scale.dim() == 1 else kl_fixed_full, (distribution.mode(),), (scale, whitening)
+    )

@@ -1,0 +1,1 @@
+"""The filled rollout buffer as tensors, and the article's buffer of rewards-to-go."""

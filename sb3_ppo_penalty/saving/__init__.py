@@ -1,0 +1,1 @@
+"""Checkpoints that resume exactly, and loading of files that are not trusted."""

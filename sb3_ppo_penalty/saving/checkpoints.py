@@ -1,0 +1,388 @@
+"""Checkpoints from which a killed training goes on as if nothing had happened."""
+
+import hashlib
+import io
+import os
+import re
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer
+from sb3_ppo_penalty.saving.training_state import RandomStates, VecEnvState, dumps, loads
+
+#: Beside SB3's own entries in its zip file
+ENTRY = "resume.pkl"
+#: The zip file's comment: which one it is in its folder, twice to be sure, and the SHA-256 of everything before
+TRAILER = re.compile(rb"resumable checkpoint (\d{16}) \1 [0-9a-f]{64}")
+DIGEST_LENGTH = 64
+TRAILER_LENGTH = len("resumable checkpoint ") + 2 * (16 + 1) + DIGEST_LENGTH
+#: gSDE's, which SB3 keeps outside the policy's ``state_dict``
+NOISE = ("exploration_mat", "exploration_matrices")
+
+
+class Snapshot(NamedTuple):
+    """
+    What SB3's own file does not hold, or its ``load`` does not bring back.
+
+    :param algorithm: the model's class
+    :param attributes: all that SB3 would save of the model beside tensors, with Python's types kept
+    :param n_calls: calls of the callback
+    :param elapsed: since ``learn`` began, in ns
+    :param log: the logger's values that have not been written yet, how many were averaged in each, what excludes them
+    :param random: the random generators
+    :param noise: gSDE's exploration matrices by name
+    :param collecting: True before the first step of a rollout, False at the end of training
+    :param env: the training environments
+    """
+
+    algorithm: type[OnPolicyAlgorithm]
+    attributes: dict[str, Any]
+    n_calls: int
+    elapsed: int
+    log: tuple[dict[str, Any], dict[str, int], dict[str, tuple[str, ...]]]
+    random: RandomStates
+    noise: dict[str, th.Tensor]
+    collecting: bool
+    env: VecEnvState
+
+    @classmethod
+    def of(cls, model: OnPolicyAlgorithm, n_calls: int, collecting: bool) -> "Snapshot":
+        """
+        :param model: in training, between an update and a rollout
+        :param n_calls: calls of the callback
+        :param collecting: whether the rollout has begun
+        :return: its state
+        """
+        assert model.env is not None
+        states, variables = model._get_torch_save_params()
+        tensors = {name.split(".")[0] for name in [*states, *variables]}
+        left_out = tensors.union(model._excluded_save_params())
+        attributes = {name: value for name, value in vars(model).items() if name not in left_out}
+        logger = model.logger
+        log = dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)
+        noise = {}
+        if model.use_sde:
+            noise = {name: getattr(model.policy.action_dist, name).detach().cpu() for name in NOISE}
+        elapsed = time.time_ns() - int(model.start_time)
+        env = VecEnvState.of(model.env)
+        return cls(type(model), attributes, n_calls, elapsed, log, RandomStates.now(), noise, collecting, env)
+
+
+class Resumed(NamedTuple):
+    """
+    A training that goes on.
+
+    :param model: as it was at the checkpoint, with its environments
+    :param remaining_timesteps: what its ``learn`` still had to do
+    """
+
+    model: OnPolicyAlgorithm
+    remaining_timesteps: int
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Writes checkpoints from which a training that was killed goes on bit for bit as if it had not been: of ``PPOPenalty``,
+    ``PPOClip`` and SB3's on-policy algorithms.
+
+    One script starts the training and, run again after a crash, goes on with it::
+
+        checkpoints = ResumableCheckpointCallback(save_freq=10_000, save_path="checkpoints")
+        path = latest_checkpoint("checkpoints")
+        if path is None:
+            model = PPOPenalty("MlpPolicy", env, seed=0)
+            model.learn(1_000_000, callback=checkpoints)
+        else:
+            model, remaining_timesteps = resume(path, env, checkpoints)
+            model.learn(remaining_timesteps, callback=checkpoints, reset_num_timesteps=False)
+
+    **When.** As with SB3's ``CheckpointCallback``, a checkpoint is due every ``save_freq`` calls, which are steps of all
+    environments at once. It is written at the next boundary between an update and a rollout, or at the end of training: what
+    lies in the middle of a rollout is never saved. ``learn`` needs the callback itself or in a list, not inside an
+    ``EventCallback``, which passes on no boundaries.
+
+    **What.** ``{name_prefix}_{num_timesteps}_steps.zip`` is a model file of SB3, which ``load`` reads as any other. A further
+    entry holds everything else that decides how training goes on: all attributes of the model that SB3 saves, among them
+    ``kl_coef`` and the counters; the random generators of python, numpy and torch; ``VecNormalize``'s statistics and the
+    other VecEnv wrappers; the environments with their wrappers, random generators and spaces; gSDE's noise; what the logger
+    has not written yet; the callback's count of calls. Saving changes nothing in the training.
+
+    **How.** The file is written under a temporary name in the same folder, flushed to the disk and renamed: a process that
+    is killed leaves the earlier checkpoints and at most a temporary file, which the next training in the folder removes. Its
+    last bytes are a SHA-256 of all the others: :func:`latest_checkpoint` passes over a file that is torn. One training
+    at a time writes into a folder with one ``name_prefix``.
+
+    **Exact** with the same versions on the same machine, ``DummyVecEnv`` and environments whose Python attributes are their
+    state and can be pickled: Gymnasium's classic control, toy text and MuJoCo. An environment whose state lies elsewhere, in a
+    simulator behind a handle, say, may define ``__getstate__`` and ``__setstate__``, which are then used on the environment
+    in place. Objects that environments share with something outside, a callback or a global, are restored as copies, and
+    classes that a script itself defines are looked for in the script that resumes.
+
+    **Exact with** ``SubprocVecEnv`` too if every environment is wrapped in
+    :class:`~.ResumableEnv`. Without that wrapper SB3 gives no safe access to an environment in
+    another process: ``get_attr("__dict__")`` would fetch it whole, but ends the process if anything in it cannot be pickled,
+    and brings a MuJoCo environment back at its start, because that is pickled as its constructor's arguments.
+
+    **Not exact**, after a warning at the first checkpoint, if the environments cannot be pickled (Box2D's cannot): all but
+    them is restored, and they are reset with new seeds, which follow from the restored generators. Nor for an algorithm that
+    leaves live state out of what it saves, as sb3-contrib's ``RecurrentPPO`` does with its LSTM's. The log's
+    ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks start
+    anew, with their own counts at 0.
+
+    .. warning::
+
+        The file holds pickles, as SB3's own do, and :func:`resume` and ``load`` run whatever is in them: load only files that
+        you trust. The checksum shows damage, not tampering.
+
+    :param save_freq: number of calls between two checkpoints
+    :param save_path: folder, which is created
+    :param name_prefix: of the file names
+    :param keep: how many of the latest checkpoints stay in the folder; None for all
+    :raises ValueError: naming the argument, for a value that cannot be meant
+    """
+
+    def __init__(self, save_freq: int, save_path: str | Path, name_prefix: str = "rl_model", keep: int | None = 3) -> None:
+        super().__init__()
+        require_integer("save_freq", save_freq, 1)
+        require(Path(name_prefix).name == name_prefix, "name_prefix", name_prefix, "the beginning of a file name")
+        if keep is not None:
+            require_integer("keep", keep, 1)
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.name_prefix = name_prefix
+        self.keep = keep
+        self._due = False
+        self._collecting = False
+        self._resumed: Snapshot | None = None
+        self._written: list[Path] = []
+        self._number = 0
+
+    def _init_callback(self) -> None:
+        """Take stock of the folder."""
+        allowed = "an on-policy algorithm: a replay buffer would not be saved"
+        require(isinstance(self.model, OnPolicyAlgorithm), "model", type(self.model), allowed)
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        for path in _files(self.save_path, r"\.", self.name_prefix, r"\.\d+\.tmp"):
+            path.unlink()
+        found = list(_newest_first(self.save_path, self.name_prefix))
+        self._number = found[0][0] if found else 0
+        self._written = [path for _, path in reversed(found)]
+
+    def _on_training_start(self) -> None:
+        """Set back what ``learn`` has just begun anew."""
+        require(self.parent is None, "callback", self.parent, "outside an EventCallback")
+        if self._resumed is None:
+            return
+        snapshot = self._resumed
+        same = self.model.num_timesteps == snapshot.attributes["num_timesteps"]
+        require(same, "reset_num_timesteps", True, "False in the `learn` of the model that `resume` returned")
+        # As if the time in between had not passed, for the log's frames per second
+        self.model.start_time = time.time_ns() - snapshot.elapsed
+        self.model._num_timesteps_at_start = snapshot.attributes["_num_timesteps_at_start"]
+        names = ("name_to_value", "name_to_count", "name_to_excluded")
+        for name, values in zip(names, snapshot.log, strict=True):
+            getattr(self.logger, name).update(values)
+        if not snapshot.collecting:
+            snapshot.random.restore()
+            self._resumed = None
+
+    def _on_rollout_start(self) -> None:
+        """Before the first step: set the random generators back after a resumption, or write the checkpoint that is due."""
+        self._collecting = True
+        if self._resumed is not None:
+            # Only now: SB3 has drawn new gSDE noise since, and other callbacks may have drawn what they did the first time
+            for name, matrices in self._resumed.noise.items():
+                setattr(self.model.policy.action_dist, name, matrices.to(self.model.device))
+            self._resumed.random.restore()
+            self._resumed = None
+        if self._due:
+            self._save()
+
+    def _on_step(self) -> bool:
+        """:return: True: go on."""
+        self._due = self._due or self.n_calls % self.save_freq == 0
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._collecting = False
+
+    def _on_training_end(self) -> None:
+        """Write the checkpoint that is due, unless another callback has stopped the training within a rollout."""
+        if self._due and not self._collecting:
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint and remove those that are too many."""
+        self._due = False
+        self._number += 1
+        assert isinstance(self.model, OnPolicyAlgorithm)
+        path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps.zip"
+        snapshot = Snapshot.of(self.model, self.n_calls, self._collecting)
+        _write_atomically(path, _content_of(self.model, snapshot, self._number))
+        self._written = [*(each for each in self._written if each != path), path]
+        while self.keep is not None and len(self._written) > self.keep:
+            self._written.pop(0).unlink(missing_ok=True)
+
+    def _continue(self, snapshot: Snapshot) -> None:
+        """
+        :param snapshot: of the training that the next ``learn`` goes on with
+        """
+        self.n_calls = snapshot.n_calls
+        self._due = False
+        self._resumed = snapshot
+
+
+def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path | None:
+    """
+    Find the checkpoint to go on from. Nothing is loaded: files are read and their checksums compared.
+
+    :param folder: where :class:`ResumableCheckpointCallback` writes
+    :param name_prefix: likewise
+    :return: the latest complete checkpoint, None if there is none; a file that is torn is skipped with a warning
+    """
+    return next(complete_checkpoints(folder, name_prefix), None)
+
+
+def complete_checkpoints(folder: str | Path, name_prefix: str = "rl_model") -> Iterator[Path]:
+    """
+    Go through the checkpoints to choose from, the latest first.
+
+    :param folder: where :class:`ResumableCheckpointCallback` writes
+    :param name_prefix: likewise
+    :return: those that are complete; a file that is torn is skipped with a warning
+    """
+    return (path for _, path in _newest_first(Path(folder), name_prefix))
+
+
+def resume(
+    path: str | Path | None, env: GymEnv | str, callback: ResumableCheckpointCallback, device: th.device | str = "auto"
+) -> Resumed:
+    """
+    Go on from a checkpoint: see :class:`ResumableCheckpointCallback` for how, and for what is exact.
+
+    ``learn(remaining_timesteps, callback=callback, reset_num_timesteps=False)`` then does what the killed ``learn`` still had
+    to do, with the same schedules. Another number of steps ends them elsewhere, as it does in SB3.
+
+    :param path: of a checkpoint, as :func:`latest_checkpoint` returns it; unpickles it: load only files that you trust
+    :param env: made and wrapped as the first time; its state, VecNormalize's statistics and attributes included, is set to
+        the saved one
+    :param callback: made as the first time; to be passed to ``learn``, where it sets back what ``learn`` begins anew
+    :param device: see SB3's ``load``
+    :return: the model and the number of steps that its ``learn`` still had to do
+    :raises ValueError: for no file or one that is torn, or for environments that are not made as they were
+    """
+    if path is None:
+        raise ArgumentError("`path` must be a checkpoint, got None: `latest_checkpoint` found none to go on from")
+    content = Path(path).read_bytes()
+    allowed = "a complete checkpoint of ResumableCheckpointCallback (this file is torn, or something else)"
+    require(_is_complete(content), "path", str(path), allowed)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        snapshot: Snapshot = loads(archive.read(ENTRY))
+    venv = snapshot.algorithm._wrap_env(maybe_make_env(env, verbose=0))
+    if mismatch := snapshot.env.mismatch(venv):
+        raise ArgumentError(f"`env` must be {mismatch}")
+    model = snapshot.algorithm.load(io.BytesIO(content), env=venv, device=device)
+    # Again, because `load` has seeded some of it anew and turned JSON's tuples into lists
+    vars(model).update(snapshot.attributes)
+    model.action_space, model.observation_space = venv.action_space, venv.observation_space
+    if mismatch := snapshot.env.restore(venv):
+        raise ArgumentError(f"`env` must be {mismatch}")
+    snapshot.random.restore()
+    if isinstance(snapshot.env.environments, str):
+        warnings.warn(f"the environments start new episodes: they {snapshot.env.environments}", stacklevel=2)
+        venv.seed()
+        model._last_obs = None
+    callback._continue(snapshot)
+    return Resumed(model, max(model._total_timesteps - model.num_timesteps, 0))
+
+
+def _content_of(model: BaseAlgorithm, snapshot: Snapshot, number: int) -> bytes:
+    """
+    :param model: to be saved
+    :param snapshot: of its training
+    :param number: of the checkpoint in its folder: later ones have higher numbers
+    :return: a file of SB3 with one more entry and a trailer
+    """
+    file = io.BytesIO()
+    model.save(file)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(ENTRY, dumps(snapshot))
+        archive.comment = b"resumable checkpoint %016d %016d " % (number, number) + b"0" * DIGEST_LENGTH
+    content = file.getvalue()[:-DIGEST_LENGTH]
+    return content + hashlib.sha256(content).hexdigest().encode()
+
+
+def _is_complete(content: bytes) -> bool:
+    """
+    :param content: of a file
+    :return: whether it is a checkpoint as it was written
+    """
+    trailer = TRAILER.fullmatch(content[-TRAILER_LENGTH:])
+    digest = hashlib.sha256(memoryview(content)[:-DIGEST_LENGTH]).hexdigest()
+    return trailer is not None and content.endswith(digest.encode())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """
+    :param path: of the file, which is there afterwards with all its content or as it was before
+    :param content: of the file
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _files(folder: Path, before: str, name_prefix: str, after: str) -> list[Path]:
+    """
+    :param folder: may be missing
+    :param before: what stands before the name, a regular expression
+    :param name_prefix: of checkpoints
+    :param after: what stands after the name, a regular expression
+    :return: the files of that kind
+    """
+    name = re.compile(rf"{before}{re.escape(name_prefix)}_\d+_steps\.zip{after}")
+    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def _newest_first(folder: Path, name_prefix: str) -> Iterator[tuple[int, Path]]:
+    """
+    Go through the complete checkpoints of a folder, and warn of those on the way that are not complete.
+
+    :param folder: may be missing
+    :param name_prefix: of checkpoints
+    :return: numbers and paths
+    """
+    found = []
+    for path in _files(folder, "", name_prefix, ""):
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - TRAILER_LENGTH, 0))
+            trailer = TRAILER.fullmatch(file.read())
+        # One that has lost its number comes first, to be warned of
+        found.append((trailer is None, int(trailer[1]) if trailer else 0, path))
+    for _, number, path in sorted(found, reverse=True):
+        if _is_complete(path.read_bytes()):
+            yield number, path
+        else:
+            warnings.warn(f"{path} is torn, or no checkpoint of ResumableCheckpointCallback: it is skipped", stacklevel=4)

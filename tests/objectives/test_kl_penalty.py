@@ -1,0 +1,162 @@
+"""The shape of the penalty: how it is asked for, and that it is the sum of its parts, with tensors and with numbers."""
+
+import math
+import pickle
+
+import pytest
+import torch as th
+
+from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical
+from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
+
+
+def tensor(*values: float) -> th.Tensor:
+    return th.tensor(values, dtype=th.float64)
+
+
+#: From one half to three quarters, in two states
+OLD = ActionParameters(kl_categorical, (tensor(0, 0).repeat(2, 1),))
+NEW = ActionParameters(kl_categorical, (tensor(0, math.log(3)).repeat(2, 1),))
+
+
+# --- how it is asked for
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("old_new", KLPenalty()),
+        ("new_old", KLPenalty(direction="new_old")),
+        ("symmetric", KLPenalty(direction="symmetric")),
+        ({}, KLPenalty()),
+        ({"cutoff_coef": 1000, "per_state": True}, KLPenalty(cutoff_coef=1000.0, per_state=True)),
+        ({"direction": "symmetric", "max_ratio": 10}, KLPenalty("symmetric", max_ratio=10)),
+        (KLPenalty(max_ratio=3.0), KLPenalty(max_ratio=3.0)),
+    ],
+)
+def test_ways_to_ask(choice, expected):
+    assert KLPenalty.of(choice) == expected
+
+
+def test_the_default_is_the_documents():
+    names = {"sampled": False, "advantage_weighted": False, "max_ratio": None}
+    assert KLPenalty() == KLPenalty(direction="old_new", cutoff_coef=0.0, per_state=False, **names)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        pytest.param("new", r"`kl_penalty.direction` must be one of \['old_new', .*, got 'new'", id="direction"),
+        pytest.param({"direction": None}, "`kl_penalty.direction` must be", id="no direction"),
+        pytest.param({"direction": ["old_new"]}, "`kl_penalty.direction` must be", id="a direction that is no name"),
+        pytest.param(
+            {"cutoff_coef": -1.0}, "`kl_penalty.cutoff_coef` must be a finite number at least 0, got -1.0", id="cutoff"
+        ),
+        pytest.param({"cutoff_coef": math.inf}, "`kl_penalty.cutoff_coef` must be", id="infinite cutoff"),
+        pytest.param({"cutoff_coef": None}, "`kl_penalty.cutoff_coef` must be", id="no cutoff"),
+        pytest.param(
+            {"cutoff_coef": 1, "per_state": 1}, "`kl_penalty.per_state` must be True or False, got 1", id="per_state"
+        ),
+        pytest.param({"per_state": True}, "`kl_penalty.per_state` must be False without a `cutoff_coef`", id="of no cutoff"),
+        pytest.param({"sampled": True, "direction": "new_old"}, "`kl_penalty.direction` must be left out", id="of a sample"),
+        pytest.param({"sampled": 1}, "`kl_penalty.sampled` must be True or False, got 1", id="sampled"),
+        pytest.param({"advantage_weighted": None}, "`kl_penalty.advantage_weighted` must be True or False", id="weighted"),
+        pytest.param({"max_ratio": 1.0}, "`kl_penalty.max_ratio` must be a finite number above 1 or None", id="ratio 1"),
+        pytest.param({"max_ratio": math.nan}, "`kl_penalty.max_ratio` must be", id="ratio nan"),
+        pytest.param({"max_ratio": "10"}, "`kl_penalty.max_ratio` must be", id="ratio a string"),
+        pytest.param({"coef": 1.0}, r"`kl_penalty` must be a KLPenalty, .* a dict of \['direction', 'cut", id="unknown field"),
+        pytest.param(None, "`kl_penalty` must be a KLPenalty", id="None"),
+        pytest.param(1.0, "`kl_penalty` must be a KLPenalty", id="a number"),
+        pytest.param(KLPenalty, "`kl_penalty` must be a KLPenalty", id="the class"),
+    ],
+)
+def test_what_cannot_be_asked_for(choice, message):
+    with pytest.raises(ValueError, match=message):
+        KLPenalty.of(choice)
+
+
+def test_it_is_a_value():
+    shape = KLPenalty("symmetric", 10.0, True, max_ratio=5.0)
+    assert pickle.loads(pickle.dumps(shape)) == shape
+    assert hash(shape) == hash(KLPenalty("symmetric", 10.0, True, max_ratio=5.0))
+    with pytest.raises(AttributeError):
+        shape.cutoff_coef = 0.0
+
+
+# --- what it does
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"), [("old_new", 0.14384104), ("new_old", 0.13081204), ("symmetric", 0.13732654)]
+)
+def test_the_direction_is_the_one_asked_for(direction, expected):
+    ratio, advantages = tensor(0.5, 1.5), tensor(1, -1)
+    assert KLPenalty(direction).charge(ratio, advantages, OLD, lambda: NEW).tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # Half the squares of -1/2 and 2
+        pytest.param(KLPenalty(sampled=True), [0.125, 2.0], id="sampled"),
+        # times 4 and 0.5
+        pytest.param(KLPenalty(sampled=True, advantage_weighted=True), [0.5, 1.0], id="sampled and weighted"),
+        # KL(old || new) = 0.14384104 times 4 and 0.5
+        pytest.param(KLPenalty(advantage_weighted=True), [0.57536414, 0.07192052], id="weighted"),
+        # The charge is on the ratio as it is, not as the surrogate sees it
+        pytest.param(KLPenalty(sampled=True, max_ratio=1.5), [0.125, 2.0], id="not truncated"),
+    ],
+)
+def test_what_is_charged(shape, expected):
+    charged = shape.charge(tensor(0.5, 3.0), tensor(-4.0, 0.5), OLD, lambda: NEW)
+    assert charged.tolist() == pytest.approx(expected)
+
+
+def test_a_sampled_charge_asks_for_no_distribution():
+    def never():
+        raise AssertionError("asked for the distribution")
+
+    KLPenalty(sampled=True).charge(tensor(0.5), tensor(1.0), OLD, never)
+
+
+def test_ratios_are_left_alone_unless_asked():
+    ratio, advantages = tensor(0.5, 100, 100), tensor(1, 1, -1)
+    assert KLPenalty().bounded(ratio, advantages) is ratio
+    # 4 (1 + ln 25)
+    assert KLPenalty(max_ratio=4.0).bounded(ratio, advantages).tolist() == pytest.approx([0.5, 4, 16.8755033])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # J = 0.5, beta = 2, KL = 0.04 and 0.02: the penalty is 2 * 0.03
+        pytest.param(KLPenalty(), 0.44, id="the penalty alone"),
+        # target 0.01: (0.03 - 0.02)^2 = 1e-4, a thousand times
+        pytest.param(KLPenalty(cutoff_coef=1000.0), 0.34, id="cutoff of the mean"),
+        # ((0.04 - 0.02)^2 + 0) / 2 = 2e-4
+        pytest.param(KLPenalty(cutoff_coef=1000.0, per_state=True), 0.24, id="cutoff of every state"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [float, tensor], ids=["numbers", "tensors"])
+def test_penalized_objective(shape, expected, wrap):
+    coefficients = [wrap(x) if wrap is float else wrap(x)[0] for x in (2.0, 0.01)]
+    assert shape.penalized(tensor(0.5)[0], tensor(0.04, 0.02), *coefficients).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("direction", ["old_new", "new_old", "symmetric"])
+@pytest.mark.parametrize("per_state", [False, True])
+def test_no_value_decides_what_is_computed(direction, per_state):
+    """`vmap` refuses to look at a value: what passes through it can be compiled once for all coefficients and targets."""
+    shape = KLPenalty(direction, cutoff_coef=30.0, per_state=per_state, max_ratio=4.0)
+    ratio, advantages = tensor(0.5, 100), tensor(1, -1)
+
+    def objective(kl_coef, target_kl):
+        truncated = (shape.bounded(ratio, advantages) * advantages).mean()
+        return shape.penalized(truncated, shape.charge(ratio, advantages, OLD, lambda: NEW), kl_coef, target_kl)
+
+    kl_coefs, targets = tensor(0.0, 1.0, 7.0), tensor(0.001, 0.05, 1.0)
+    batched = th.func.vmap(objective)(kl_coefs, targets)
+    assert batched.tolist() == pytest.approx(
+        [objective(*pair).item() for pair in zip(kl_coefs.tolist(), targets.tolist(), strict=True)]
+    )
+    assert len(set(batched.tolist())) == 3
