@@ -1,7 +1,8 @@
 """
 Files that an earlier version wrote can be read by ``load_safe``.
 
-Those in ``data`` are from commit 8f7026a, of two updates each. Since then the modules of some classes have moved, so that ``load``, whose pickles name modules, does not find them.
+Those in ``data`` are from commit 8f7026a, of two updates each. Since then the modules of some classes have moved, so that
+``load``, whose pickles name modules, does not find them.
 """
 
 import io
