@@ -57,13 +57,13 @@ PENALTY: dict[str, Any] = {
     "kl_coef": 1.0,
     "kl_coef_factor": 1.5,
     "kl_coef_bounds": (0.001, 1000.0),
-    "kl_controller": "document",
+    "kl_controller": "adaptive",
     "kl_penalty": "old_new",
     "guard": None,
 }
 #: name -> what it is tried with beside PENALTY
 VARIANTS: dict[str, dict[str, Any]] = {
-    "document": {},
+    "adaptive": {},
     "fixed": {"kl_controller": "fixed"},
     "proportional": {"kl_controller": "proportional"},
     "dual": {"kl_controller": "dual"},

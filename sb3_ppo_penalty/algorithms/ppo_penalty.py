@@ -58,10 +58,10 @@ class PPOPenalty(ProximalAlgorithm):
         keeps the policy from its target; where the rate rises again it returns to where the target was last in reach
     :param kl_min: in nats; default: the paper's ``target_kl / 1.5``
     :param kl_max: in nats; default: the paper's ``1.5 * target_kl``
-    :param kl_coef_factor: by how much the coefficient moves, with a ``kl_controller`` other than the document's at most;
+    :param kl_coef_factor: by how much the coefficient moves, with a ``kl_controller`` other than ``"adaptive"`` at most;
         default: the paper's 2
     :param kl_coef_bounds: ``(lowest, highest)`` coefficient. Two equal numbers keep it fixed
-    :param kl_controller: how the coefficient follows the divergence: ``"document"`` (default), ``"fixed"``,
+    :param kl_controller: how the coefficient follows the divergence: ``"adaptive"`` (default), ``"fixed"``,
         ``"proportional"``, ``"dual"``; a dict with that ``name`` and the controller's own parameters; or anything that takes a
         :class:`~.KLReading` and returns the next coefficient. See
         :mod:`~sb3_ppo_penalty.objectives.kl_controllers`. A copy is kept, and saved with all that it remembers
@@ -113,7 +113,7 @@ class PPOPenalty(ProximalAlgorithm):
         kl_max: float | Schedule | None = None,
         kl_coef_factor: float = 2.0,
         kl_coef_bounds: tuple[float, float] = DEFAULT_KL_COEF_BOUNDS,
-        kl_controller: str | Mapping[str, Any] | KLController = "document",
+        kl_controller: str | Mapping[str, Any] | KLController = "adaptive",
         kl_penalty: str | Mapping[str, Any] | KLPenalty = "old_new",
         guard: str | Mapping[str, Any] | Guard | None = None,
     ) -> None:
@@ -327,7 +327,7 @@ PAPER: dict[str, Any] = {
     "target_kl": 0.01,
     "kl_coef": 1.0,
     "kl_coef_factor": 2.0,
-    "kl_controller": "document",
+    "kl_controller": "adaptive",
 }
 
 #: What keeps single states from going far where the mean stays on its target, without the ratio clip:

@@ -119,8 +119,8 @@ class KLController(Protocol):
 
 
 @dataclass(frozen=True)
-class DocumentRule:
-    """``"document"``: thresholds and one factor, :func:`next_kl_coef`."""
+class AdaptiveRule:
+    """``"adaptive"``: thresholds and one factor, :func:`next_kl_coef`."""
 
     def __call__(self, reading: KLReading, /) -> float:
         """
@@ -220,7 +220,7 @@ class DualAscent:
 
 #: What may be asked for by name
 CONTROLLERS: dict[str, Callable[..., KLController]] = {
-    "document": DocumentRule,
+    "adaptive": AdaptiveRule,
     "fixed": FixedCoefficient,
     "proportional": Proportional,
     "dual": DualAscent,

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_ppo_penalty.arguments import require, require_integer
-from sb3_ppo_penalty.objectives.kl_controllers import DocumentRule, DualAscent, FixedCoefficient, Proportional
+from sb3_ppo_penalty.objectives.kl_controllers import AdaptiveRule, DualAscent, FixedCoefficient, Proportional
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies.distributions import covariance_tensor
 from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
@@ -52,10 +52,12 @@ POLICIES = [ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy
 BUFFERS = [RolloutBuffer, DictRolloutBuffer, RewardToGoRolloutBuffer, RewardToGoDictRolloutBuffer]
 #: Objects of plain fields that may be arguments
 OBJECTS: dict[str, list[type]] = {
-    "kl_controller": [DocumentRule, FixedCoefficient, Proportional, DualAscent],
+    "kl_controller": [AdaptiveRule, FixedCoefficient, Proportional, DualAscent],
     "kl_penalty": [KLPenalty],
     "guard": [Guard],
 }
+#: Names in files of before, of classes that have another one now
+EARLIER_NAMES = {"DocumentRule": "AdaptiveRule"}
 #: Classes that may stand in `policy_kwargs`, under the text that SB3 writes for each
 KWARGS_CLASSES: dict[str, list[type]] = {
     "activation_fn": [nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU, nn.Softplus, nn.Sigmoid],
@@ -231,7 +233,8 @@ def _object(entry: str, value: Any) -> Any:
     if value is None:
         return None
     found = OWN_CLASS.fullmatch(str(value.get(":type:"))) if type(value) is Pickled else None
-    kind = {each.__name__: each for each in OBJECTS[entry]}.get(found[1]) if found else None
+    name = EARLIER_NAMES.get(found[1], found[1]) if found else None
+    kind = next((each for each in OBJECTS[entry] if each.__name__ == name), None)
     names = ", ".join(each.__name__ for each in OBJECTS[entry])
     check(kind is not None, entry, value, f"one of {names}, or passed as `{entry}`")
     assert kind is not None

@@ -91,7 +91,7 @@ WRONG = {
     "compile": NO_BOOL,
 }
 BOUNDS_OUT_OF_ORDER = st.tuples(st.floats(0.1, 1e3), st.floats(1e-3, 0.09))
-CONTROLLERS = ["document", "fixed", "proportional", "dual"]
+CONTROLLERS = ["adaptive", "fixed", "proportional", "dual"]
 DIRECTIONS = ["old_new", "new_old", "symmetric"]
 NO_CONTROLLER = st.one_of(
     st.text().filter(lambda name: name not in CONTROLLERS),

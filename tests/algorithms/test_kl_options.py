@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.algorithms.proximal import Drift
 from sb3_ppo_penalty.objectives.divergence import kl_divergence, parameters_of
-from sb3_ppo_penalty.objectives.kl_controllers import DocumentRule, DualAscent, KLReading, Proportional
+from sb3_ppo_penalty.objectives.kl_controllers import AdaptiveRule, DualAscent, KLReading, Proportional
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 4, "seed": 0}
@@ -51,7 +51,7 @@ class Counting:
 
 
 CONTROLLERS = {
-    "document": ("document", [2.0, 2.0, 1.0]),
+    "adaptive": ("adaptive", [2.0, 2.0, 1.0]),
     "fixed": ("fixed", [1.0, 1.0, 1.0]),
     # the square root of 3 and of 1, and no less than half
     "proportional": ("proportional", [math.sqrt(3), math.sqrt(3), math.sqrt(3) / 2]),
@@ -94,7 +94,7 @@ def test_learning_uses_the_controller() -> None:
     assert (logged["train/kl_coef"], logged["train/kl_coef_change"]) == (3.0, 1)
 
 
-@pytest.mark.parametrize("controller", ["document", "proportional", "dual", lambda reading: reading.kl_coef * 1.7])
+@pytest.mark.parametrize("controller", ["adaptive", "proportional", "dual", lambda reading: reading.kl_coef * 1.7])
 def test_bounds_and_saturation_hold_for_every_controller(controller) -> None:
     model = model_with(kl_controller=controller, kl_coef_bounds=(0.9, 1.05))
     with warnings.catch_warnings(record=True) as told:
@@ -155,7 +155,7 @@ def test_a_callback_may_set_the_coefficient() -> None:
 
 @pytest.mark.parametrize(
     "controller",
-    ["document", "fixed", "proportional", "dual", Counting()],
+    ["adaptive", "fixed", "proportional", "dual", Counting()],
     ids=lambda own: own if isinstance(own, str) else "own",
 )
 def test_a_controller_goes_on_where_it_was_saved(tmp_path, controller) -> None:
@@ -216,7 +216,7 @@ def test_a_file_from_before_the_options_loads(tmp_path) -> None:
     model = model_with(kl_coef=3.0)
     model.save(tmp_path / "model.zip", exclude=["kl_controller", "kl_penalty"])
     loaded = PPOPenalty.load(tmp_path / "model.zip")
-    assert (loaded.kl_controller, loaded.kl_penalty, loaded.kl_coef) == (DocumentRule(), KLPenalty(), 3.0)
+    assert (loaded.kl_controller, loaded.kl_penalty, loaded.kl_coef) == (AdaptiveRule(), KLPenalty(), 3.0)
 
 
 # --- schedules
@@ -269,7 +269,7 @@ def test_a_number_stays_readable_in_the_file(tmp_path) -> None:
 
 
 def test_a_schedule_that_ends_at_zero_as_rl_zoos_do() -> None:
-    for controller in ("document", "proportional", "dual"):
+    for controller in ("adaptive", "proportional", "dual"):
         model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, target_kl=lambda p: 0.02 * p, kl_controller=controller)
         model.learn(128)
         assert model.logger.name_to_value["train/target_kl"] == 0

@@ -164,7 +164,7 @@ def test_without_penalty_or_clip_the_loss_is_the_plain_surrogate() -> None:
     ("kl", "expected", "change"),
     [(0.0151, 2.0, 1), (0.015, 1.0, 0), (0.01, 1.0, 0), (0.0067, 1.0, 0), (0.0066, 0.5, -1), (0.0, 0.5, -1)],
 )
-def test_the_documents_rule_with_the_papers_numbers(kl: float, expected: float, change: int) -> None:
+def test_the_adaptive_rule_with_the_papers_numbers(kl: float, expected: float, change: int) -> None:
     model = model_with()
     model._after_update(drift(kl))
     logged = model.logger.name_to_value

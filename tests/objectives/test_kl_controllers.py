@@ -8,7 +8,7 @@ import pytest
 import torch as th
 
 from sb3_ppo_penalty.objectives.kl_controllers import (
-    DocumentRule,
+    AdaptiveRule,
     DualAscent,
     FixedCoefficient,
     KLReading,
@@ -91,8 +91,8 @@ def test_the_coefficient_comes_back_from_a_bound():
 # --- the controllers
 
 
-def test_the_documents_rule_as_a_controller():
-    rule = DocumentRule()
+def test_the_adaptive_rule_as_a_controller():
+    rule = AdaptiveRule()
     # the thresholds of `reading` are 0.005 and 0.02
     assert [rule(reading(kl, 4.0)) for kl in (0.021, 0.02, 0.01, 0.005, 0.0049)] == [8.0, 4.0, 4.0, 4.0, 2.0]
     assert rule(reading(1.0, factor=1.5)) == 1.5
@@ -218,11 +218,11 @@ def test_dual_ascents_memory_is_plain_and_survives_pickling():
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ("document", DocumentRule()),
+        ("adaptive", AdaptiveRule()),
         ("fixed", FixedCoefficient()),
         ("proportional", Proportional(0.5)),
         ("dual", DualAscent(0.1)),
-        ({"name": "document"}, DocumentRule()),
+        ({"name": "adaptive"}, AdaptiveRule()),
         ({"name": "proportional", "exponent": 0.25}, Proportional(0.25)),
         ({"name": "dual", "learning_rate": 0.03}, DualAscent(0.03)),
         (Proportional(1), Proportional(1)),
@@ -259,7 +259,7 @@ def test_what_it_remembers_in_a_list_is_copied_too():
     assert (given.seen, mine.seen, yours.seen) == ([], [0.02], [])
 
 
-@pytest.mark.parametrize("controller", [DocumentRule(), FixedCoefficient(), Proportional()])
+@pytest.mark.parametrize("controller", [AdaptiveRule(), FixedCoefficient(), Proportional()])
 def test_a_controller_without_a_memory_is_a_value(controller):
     """Its exponent was checked when it was made, so it cannot be set; two that are equal are one key of a dict."""
     with pytest.raises(AttributeError):
@@ -270,7 +270,7 @@ def test_a_controller_without_a_memory_is_a_value(controller):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        pytest.param("documents", r'`kl_controller` must be one of "document", .*, got \'documents\'', id="unknown name"),
+        pytest.param("adapt", r'`kl_controller` must be one of "adaptive", .*, got \'adapt\'', id="unknown name"),
         pytest.param(None, "`kl_controller` must be one of", id="None"),
         pytest.param(3, "`kl_controller` must be one of .*, got 3$", id="a number"),
         pytest.param(DualAscent, "`kl_controller` must be one of", id="a class, not one of its objects"),

@@ -25,6 +25,7 @@ from sb3_ppo_penalty import (
     UnsafeFileError,
 )
 from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
+from sb3_ppo_penalty.objectives.kl_controllers import AdaptiveRule
 from sb3_ppo_penalty.saving.safe_load import BUFFERS, OBJECTS, POLICIES
 
 DATA = Path(__file__).parents[1] / "data"
@@ -63,6 +64,8 @@ def assert_is_as_saved(model: Any, name: str) -> None:
         assert model.guard == Guard("rollback", measure="max")
         assert (model.kl_controller.learning_rate, model.kl_controller.steps) == (0.2, 2)
         assert model.kl_controller.mean == pytest.approx(-0.18999162327790708)
+    if name == "penalty":
+        assert model.kl_controller == AdaptiveRule()
     if name == "clip":
         assert model.rollout_buffer_class is RewardToGoRolloutBuffer
     if name != "masked":

@@ -218,7 +218,7 @@ def test_what_actor_and_critic_share_belongs_to_the_policy(n_epochs: int) -> Non
 
 
 def test_the_coefficient_follows_what_the_guard_measured() -> None:
-    """The policy is where it was, and the controller of the document would take that for a penalty that is too heavy."""
+    """The policy is where it was, and the adaptive rule would take that for a penalty that is too heavy."""
     model = made(n_epochs=2, learning_rate=1.0, guard="rollback").learn(64)
     assert logged(model, "kl") == 0
     assert logged(model, "guard_kl") > 1
@@ -232,7 +232,7 @@ def test_the_coefficient_follows_what_the_guard_measured() -> None:
 @pytest.mark.parametrize("action", ["stop", "rollback", "fixup"])
 @pytest.mark.parametrize(("measure", "key"), [("p99", "kl_p99"), ("max", "kl_max_state")])
 def test_the_controller_is_told_the_mean_whatever_the_guard_measures(measure: str, key: str, action: str) -> None:
-    """Between the mean and the largest divergence the document's rule lowers the coefficient, as it does without a guard."""
+    """Between the mean and the largest divergence the adaptive rule lowers the coefficient, as it does without a guard."""
     free = third(n_epochs=2)
     threshold = 0.5 * (logged(free, "kl") + logged(free, "kl_max_state"))
     guard = Guard(action, 0.99 * logged(free, key) / 0.005, measure)

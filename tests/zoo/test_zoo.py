@@ -103,8 +103,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     saving = "--eval-freq 256 --save-freq 256 --tensorboard-log tb"
     command = f"train --algo ppo_penalty --env Pendulum-v1 -n 512 --seed 1 {saving} {TINY}"
-    # The document's rule, which stays where the divergence is below no threshold
-    said = ours(f"{command} \"learning_rate:'lin_0.001'\" \"kl_controller:'document'\"", folder)
+    # The adaptive rule, which stays where the divergence is below no threshold
+    said = ours(f"{command} \"learning_rate:'lin_0.001'\" \"kl_controller:'adaptive'\"", folder)
     assert f"Loading hyperparameters from: {zoo.HYPERPARAMS / 'ppo_penalty.yml'}" in said
     return folder
 
