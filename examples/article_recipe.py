@@ -1,9 +1,9 @@
 """
-The document's section 5 as it is run there: PPO-clip on Pendulum-v1 with batches of whole episodes.
+The article's section 5 as it is run there: PPO-clip on Pendulum-v1 with batches of whole episodes.
 
-    python examples/document_recipe.py --n-timesteps 220000
+    python examples/article_recipe.py --n-timesteps 220000
 
-What the document logs, saves and renders in its own loop is here SB3's logger and callbacks:
+What the article logs, saves and renders in its own loop is here SB3's logger and callbacks:
 
     average episodic length, return of the batch   rollout/ep_len_mean, rollout/ep_rew_mean (Monitor's episodes)
     average actor loss, value loss                 train/policy_gradient_loss, train/value_loss
@@ -14,7 +14,7 @@ What the document logs, saves and renders in its own loop is here SB3's logger a
 Writes into ``--out``: progress.csv, checkpoints/, episodes/, model.zip.
 
 The recipe is slow: an iteration of 2,200 steps makes ten gradient steps. After 220,000 steps (a minute or two) seed 0 still
-stands near -1,350; the document shows iteration 10,000, which is 22 million steps.
+stands near -1,350; the article shows iteration 10,000, which is 22 million steps.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Check
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip
+from sb3_ppo_penalty import ARTICLE_RECIPE, PPOClip
 
 EPISODE_LENGTH = 200
-DOCUMENT_RETURN = -76.99
-DOCUMENT_ITERATIONS = 10_000
+ARTICLE_RETURN = -76.99
+ARTICLE_ITERATIONS = 10_000
 #: Dynamic programming over a fine grid, mean over 20,000 random starts
 OPTIMAL_RETURN = -137.6
 
@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-freq", type=int, default=10, help="iterations between two checkpoints")
     parser.add_argument("--render-every", type=int, default=10, help="iterations between two GIFs")
-    parser.add_argument("--out", type=Path, default=Path("runs/document_recipe"))
+    parser.add_argument("--out", type=Path, default=Path("runs/article_recipe"))
     return parser.parse_args(arguments)
 
 
@@ -120,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: of the command line
     """
     options = parse(arguments)
-    # The window of SB3's averages: the episodes of one batch, as in the document
-    n_episodes = DOCUMENT_RECIPE["n_steps"] // EPISODE_LENGTH
-    model = PPOClip("MlpPolicy", "Pendulum-v1", seed=options.seed, stats_window_size=n_episodes, **DOCUMENT_RECIPE)
+    # The window of SB3's averages: the episodes of one batch, as in the article
+    n_episodes = ARTICLE_RECIPE["n_steps"] // EPISODE_LENGTH
+    model = PPOClip("MlpPolicy", "Pendulum-v1", seed=options.seed, stats_window_size=n_episodes, **ARTICLE_RECIPE)
     model.set_logger(configure(str(options.out), ["stdout", "csv"]))
-    checkpoint = CheckpointCallback(options.save_freq, str(options.out / "checkpoints"), name_prefix="ppo_document")
+    checkpoint = CheckpointCallback(options.save_freq, str(options.out / "checkpoints"), name_prefix="ppo_article")
     callbacks = [
         RenderEpisode(options.render_every, options.out / "episodes"),
         AfterUpdate(CallbackList([LogIteration(), checkpoint])),
@@ -137,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     last_batch = safe_mean([episode["r"] for episode in model.ep_info_buffer])
     n_iterations = model.num_timesteps // model.n_steps
     print(f"average episodic return of the last batch: {last_batch:.2f}, {n_episodes} episodes, iteration {n_iterations}")
-    print(f"the document's closing figure: {DOCUMENT_RETURN}, iteration {DOCUMENT_ITERATIONS}")
+    print(f"the article's closing figure: {ARTICLE_RETURN}, iteration {ARTICLE_ITERATIONS}")
     print(f"best possible mean over random starts: {OPTIMAL_RETURN}")
     print(
-        "The document's figure is the mean of one batch of about ten episodes and lies above the optimum: a batch of lucky\n"
+        "The article's figure is the mean of one batch of about ten episodes and lies above the optimum: a batch of lucky\n"
         "starts. Under the optimal policy one batch in 250 to 500 is as good. Judge a policy by 1,000 episodes or more."
     )
     print(f"wrote {options.out}")

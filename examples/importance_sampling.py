@@ -1,7 +1,7 @@
 """
 Why the new policy must stay near the old one: importance sampling keeps the mean and loses the variance.
 
-The document's section 3: samples of q, weighted by p/q, have the mean that samples of p have, E_q[f p/q] = E_p[f], but not
+The article's section 3: samples of q, weighted by p/q, have the mean that samples of p have, E_q[f p/q] = E_p[f], but not
 their variance, which grows as q leaves p. Here p = N(0, 1) stands for the policy being trained, q = N(shift, width^2) for the
 one that acted, and f(x) = x^2, whose mean under p is 1 and whose variance is 2. Prints the closed forms beside Monte Carlo.
 

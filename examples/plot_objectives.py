@@ -1,8 +1,8 @@
 """
 What the algorithms maximise, drawn from the package's own loss functions.
 
-The clip function (the document's figure 1), the clipped surrogate of one sample for A > 0 and for A < 0 (figure 2), and,
-which the document does not draw, the penalised objective J - beta * KL(old || new) of a Gaussian whose mean moves.
+The clip function (the article's figure 1), the clipped surrogate of one sample for A > 0 and for A < 0 (figure 2), and,
+which the article does not draw, the penalised objective J - beta * KL(old || new) of a Gaussian whose mean moves.
 
     python examples/plot_objectives.py
 """
@@ -86,7 +86,7 @@ def penalized_curve(shift: th.Tensor, kl_coef: float) -> tuple[th.Tensor, th.Ten
 
 def draw_clip(axes: Axes) -> None:
     """
-    :param axes: gets the document's figure 1
+    :param axes: gets the article's figure 1
     """
     ratio = th.linspace(0, 2, 401)
     axes.plot(ratio, clip_curve(ratio), color="tab:blue", linewidth=2)
@@ -96,7 +96,7 @@ def draw_clip(axes: Axes) -> None:
 
 def draw_surrogate(axes: Axes, advantage: float) -> None:
     """
-    :param axes: gets one half of the document's figure 2
+    :param axes: gets one half of the article's figure 2
     :param advantage: of the one sample, 1 or -1
     """
     ratio = th.linspace(0, 2, 401)

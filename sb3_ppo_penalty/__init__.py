@@ -1,6 +1,6 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
-from sb3_ppo_penalty.algorithms.ppo_clip import DOCUMENT_RECIPE, PPOClip
+from sb3_ppo_penalty.algorithms.ppo_clip import ARTICLE_RECIPE, PPOClip
 from sb3_ppo_penalty.algorithms.ppo_penalty import PAPER, PENDULUM, ROBUST, PPOPenalty
 from sb3_ppo_penalty.objectives.divergence import register_divergence
 from sb3_ppo_penalty.objectives.kl_controllers import DualAscent, KLController, KLReading, Proportional
@@ -14,7 +14,7 @@ from sb3_ppo_penalty.updates.guard import Guard
 from sb3_ppo_penalty.version import __version__
 
 __all__ = [
-    "DOCUMENT_RECIPE",
+    "ARTICLE_RECIPE",
     "PAPER",
     "PENDULUM",
     "ROBUST",

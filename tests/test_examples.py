@@ -19,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty
+from sb3_ppo_penalty import ARTICLE_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty
 from sb3_ppo_penalty.objectives import losses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -174,9 +174,9 @@ def test_importance_sampling_table_against_integrals(tmp_path):
     assert panel_has(pixels(tmp_path / "picture.png"), BLUE)
 
 
-def test_document_recipe_logs_saves_and_renders_like_the_document(tmp_path):
+def test_article_recipe_logs_saves_and_renders_like_the_article(tmp_path):
     output = run(
-        "document_recipe.py",
+        "article_recipe.py",
         "--n-timesteps",
         "4400",
         "--save-freq",
@@ -187,7 +187,7 @@ def test_document_recipe_logs_saves_and_renders_like_the_document(tmp_path):
         "3",
         folder=tmp_path,
     )
-    out = tmp_path / "runs" / "document_recipe"
+    out = tmp_path / "runs" / "article_recipe"
     rows = rows_of(out / "progress.csv")
     # Each line belongs to one iteration: its own batch and its own ten updates
     for key, values in {
@@ -203,10 +203,10 @@ def test_document_recipe_logs_saves_and_renders_like_the_document(tmp_path):
     assert "-137.6" in output
 
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
-        "ppo_document_2200_steps.zip",
-        "ppo_document_4400_steps.zip",
+        "ppo_article_2200_steps.zip",
+        "ppo_article_4400_steps.zip",
     ]
-    first, second = (PPOClip.load(out / "checkpoints" / f"ppo_document_{steps}_steps.zip") for steps in (2200, 4400))
+    first, second = (PPOClip.load(out / "checkpoints" / f"ppo_article_{steps}_steps.zip") for steps in (2200, 4400))
     final = PPOClip.load(out / "model")
     assert same_weights(second.policy, final.policy), "saved after the iteration's updates"
     assert not same_weights(first.policy, final.policy)
@@ -230,8 +230,8 @@ def test_document_recipe_logs_saves_and_renders_like_the_document(tmp_path):
     assert (first_rod & rod).sum() > 0.85 * (first_rod | rod).sum() > 500
 
 
-def test_document_recipe_averages_over_the_batch(tmp_path, monkeypatch):
-    script = script_module("document_recipe")
+def test_article_recipe_averages_over_the_batch(tmp_path, monkeypatch):
+    script = script_module("article_recipe")
     batches: list[float] = []
 
     class Spy(PPOClip):
@@ -244,7 +244,7 @@ def test_document_recipe_averages_over_the_batch(tmp_path, monkeypatch):
     averages = [float(row["rollout/ep_rew_mean"]) for row in rows_of(tmp_path / "progress.csv")]
     assert averages == pytest.approx(batches, rel=1e-5)
     assert len(averages) == 2
-    assert DOCUMENT_RECIPE["n_steps"] == 11 * 200
+    assert ARTICLE_RECIPE["n_steps"] == 11 * 200
 
 
 @pytest.fixture(scope="module")

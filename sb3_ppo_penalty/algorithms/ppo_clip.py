@@ -55,7 +55,7 @@ class PPOClip(ProximalAlgorithm):
 
 
 #: The document's section 5, with the numbers of the tutorial that it follows:
-#: ``PPOClip("MlpPolicy", "Pendulum-v1", **DOCUMENT_RECIPE)``.
+#: ``PPOClip("MlpPolicy", "Pendulum-v1", **ARTICLE_RECIPE)``.
 #:
 #: Batches of 11 whole episodes of 200 steps, the smallest number that reaches the tutorial's 2048 steps; rewards-to-go with no
 #: bootstrapping and no GAE; advantages normalised once over the batch; 10 full-batch updates; separate 64-64 ReLU networks
@@ -63,7 +63,7 @@ class PPOClip(ProximalAlgorithm):
 #: disjoint networks is two Adams: it works parameter by parameter. With more than one environment, multiply ``batch_size``
 #: by their number. What becomes of an episode that the batch cuts short:
 #: see :class:`~.RewardToGoMixin`.
-DOCUMENT_RECIPE: dict[str, Any] = {
+ARTICLE_RECIPE: dict[str, Any] = {
     "learning_rate": 3e-4,
     "n_steps": 2200,
     "batch_size": 2200,

@@ -19,13 +19,13 @@ ALGORITHMS = {
     "ppo_clip": Algorithm("ppo_clip", "clip"),
     "ppo": Algorithm("ppo", "clip"),
     "trpo": Algorithm("trpo", "trust region"),
-    "ppo_document": Algorithm("ppo_clip", "clip"),
+    "ppo_article": Algorithm("ppo_clip", "clip"),
 }
 
 #: What the others are measured against
 BASELINE = "ppo"
-#: Has no Zoo entry: its settings are ``sb3_ppo_penalty.DOCUMENT_RECIPE``
-DOCUMENT = "ppo_document"
+#: Has no Zoo entry: its settings are ``sb3_ppo_penalty.ARTICLE_RECIPE``
+ARTICLE = "ppo_article"
 #: Those whose Zoo entries come with this package and suit its policies
 OWN = ("ppo_penalty", "ppo_clip")
 

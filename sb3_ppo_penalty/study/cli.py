@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--conf-file", nargs="+", default=[], metavar="[ALGO:]FILE", help="hyperparameters, YAML as in RL Zoo")
     add("--hyperparams", nargs="+", default=[], metavar="[ALGO:]KEY=VALUE", help="overwrite single hyperparameters")
     same = "every algorithm gets this package's fixed-covariance policy, and all settings that are not its objective's, from "
-    same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_document stays as it is"
+    same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_article stays as it is"
     add("--same-policy", nargs="?", const="ppo_clip", choices=OWN, metavar="ALGO", help=same)
     add("--threshold", type=float, metavar="R", help="return to be reached (default: -200 for Pendulum-v1, else Gymnasium's)")
     add(

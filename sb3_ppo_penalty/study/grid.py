@@ -20,11 +20,11 @@ from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 
 import sb3_ppo_penalty
-from sb3_ppo_penalty import DOCUMENT_RECIPE, zoo
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS, DOCUMENT, OWN, base
+from sb3_ppo_penalty import ARTICLE_RECIPE, zoo
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, OWN, base
 
-#: The tutorial's batch, which the document's recipe fills up to whole episodes
-DOCUMENT_BATCH = 2048
+#: The tutorial's batch, which the article's recipe fills up to whole episodes
+ARTICLE_BATCH = 2048
 #: Settings that make the objective; every other one is the policy's, the critic's or the optimizer's
 OBJECTIVE_SETTINGS = {
     *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
@@ -241,21 +241,21 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
     return Settings(dict(entries[key]), f"entry `{key}` of {said}")
 
 
-def document_settings(env: str) -> Settings:
+def article_settings(env: str) -> Settings:
     """
-    The document's recipe; batches hold whole episodes where episodes have a fixed length.
+    The article's recipe; batches hold whole episodes where episodes have a fixed length.
 
     :param env: id of the environment
     :return: in the form of RL Zoo's entries
     """
     length = gym.spec(env).max_episode_steps or 1
-    batch = -(-DOCUMENT_BATCH // length) * length
-    recipe = {**DOCUMENT_RECIPE, "policy": "MlpPolicy", "n_envs": 1, "n_steps": batch, "batch_size": batch}
+    batch = -(-ARTICLE_BATCH // length) * length
+    recipe = {**ARTICLE_RECIPE, "policy": "MlpPolicy", "n_envs": 1, "n_steps": batch, "batch_size": batch}
     one = gym.make(env)
     if not isinstance(one.action_space, spaces.Box):
         recipe["policy_kwargs"] = {key: value for key, value in recipe["policy_kwargs"].items() if key != "covariance"}
     one.close()
-    return Settings(recipe, "sb3_ppo_penalty.DOCUMENT_RECIPE")
+    return Settings(recipe, "sb3_ppo_penalty.ARTICLE_RECIPE")
 
 
 def constructor_arguments(algo: str) -> set[str]:
@@ -309,8 +309,8 @@ def work_out_settings(
     """
     settings = {}
     for algo in algos:
-        if base(algo) == DOCUMENT:
-            found = document_settings(task.env)
+        if base(algo) == ARTICLE:
+            found = article_settings(task.env)
         else:
             found = zoo_settings(algo, task.env, conf_files.get(algo))
             if donor is not None:

@@ -27,7 +27,7 @@ LOOKS = {
     "ppo_clip": ("#E69F00", "s"),
     "ppo": ("#D55E00", "^"),
     "trpo": ("#009E73", "D"),
-    "ppo_document": ("#CC79A7", "v"),
+    "ppo_article": ("#CC79A7", "v"),
 }
 #: For variants of an algorithm: the palette's other colours, and greys
 VARIANT_COLORS = ("#56B4E9", "#882255", "#000000", "#999999", "#8B5A2B", "#5D3A9B")

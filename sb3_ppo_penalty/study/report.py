@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from pytablewriter import MarkdownTableWriter, String
 
 from sb3_ppo_penalty.study import plots
-from sb3_ppo_penalty.study.algorithms import BASELINE, DOCUMENT
+from sb3_ppo_penalty.study.algorithms import ARTICLE, BASELINE
 from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Comparison, qualified_name, source_digest
 from sb3_ppo_penalty.study.results import Results, summary
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS
@@ -20,17 +20,17 @@ from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 #: In a cell that has nothing to say
 NONE = "\N{EN DASH}"
 REPORT, TABLE = "report.md", "results.csv"
-#: What the document says it reached in the end (section 5)
-DOCUMENT_FIGURE = -76.99
+#: What the article says it reached in the end (section 5)
+ARTICLE_RETURN = -76.99
 
-DOCUMENT_TEXT = f"""\
-## The document's figure
+ARTICLE_TEXT = f"""\
+## The article's figure
 
-The document closes with an average episodic return of {DOCUMENT_FIGURE}, after 10,000 iterations. It is the mean of one \
+The article closes with an average episodic return of {ARTICLE_RETURN}, after 10,000 iterations. It is the mean of one \
 training batch of about ten episodes, with exploration noise and random starts. On Pendulum-v1 single episodes differ by a \
 standard deviation of 74 with their start alone, so the mean of eleven differs by 22 from batch to batch; and under the \
-*optimal* policy, whose mean over random starts is -137.6, such a batch beats {DOCUMENT_FIGURE} with a probability of 0.2 to \
-0.4 %. It is a lucky batch, not a level. In the document's own terms, and in this report's:
+*optimal* policy, whose mean over random starts is -137.6, such a batch beats {ARTICLE_RETURN} with a probability of 0.2 to \
+0.4 %. It is a lucky batch, not a level. In the article's own terms, and in this report's:
 """
 
 
@@ -99,19 +99,19 @@ def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
     return cells
 
 
-def document_section(results: Results) -> str:
+def article_section(results: Results) -> str:
     """
-    :param results: with runs of the document's recipe
-    :return: the recipe's own measure beside the document's figure
+    :param results: with runs of the article's recipe
+    :return: the recipe's own measure beside the article's figure
     """
-    runs = results.runs[results.runs["algo"] == DOCUMENT]
+    runs = results.runs[results.runs["algo"] == ARTICLE]
     headers = ["seed", "steps", "mean return of the last batch", "of the best batch", "final return (no noise)"]
     columns = ["last_batch_return", "best_batch_return", "final_return"]
     rows = [
         [str(run["seed"]), number(run["steps"], 0), *(number(run[name]) for name in columns)] for _, run in runs.iterrows()
     ]
-    rows.append(["the document", "about 20,000,000", str(DOCUMENT_FIGURE), NONE, NONE])
-    return f"{DOCUMENT_TEXT}\n{markdown(headers, rows)}"
+    rows.append(["the article", "about 20,000,000", str(ARTICLE_RETURN), NONE, NONE])
+    return f"{ARTICLE_TEXT}\n{markdown(headers, rows)}"
 
 
 def settings_section(comparison: Comparison) -> str:
@@ -251,8 +251,8 @@ def write(comparison: Comparison, results: Results, errors: Mapping[str, str]) -
     ]
     for name, caption in plots.draw(comparison, results).items():
         parts.append(f"![{name}]({name})\n\n{caption}\n")
-    if DOCUMENT in results.algos and comparison.optimum is not None:
-        parts.append(document_section(results))
+    if ARTICLE in results.algos and comparison.optimum is not None:
+        parts.append(article_section(results))
     if errors:
         traces = "\n".join(f"### {name}\n\n```\n{error}```\n" for name, error in errors.items())
         parts.append(f"## Failed runs\n\nThey are not in the table.\n\n{traces}")

@@ -24,7 +24,7 @@ from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Run, prepar
 #: Files in a run's folder
 SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
 PROGRESS, EVALUATIONS, FINAL_EVALUATION = "progress.csv", "evaluations.npz", "final_evaluation.npz"
-#: What a rollout's finished episodes returned on average: the document's own measure
+#: What a rollout's finished episodes returned on average: the article's own measure
 BATCH_RETURN, BATCH_EPISODES = "rollout/batch_return", "rollout/batch_episodes"
 TOTAL_STEPS = "time/total_timesteps"
 

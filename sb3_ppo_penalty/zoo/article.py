@@ -1,5 +1,5 @@
 """
-The document's recipe (section 5) as a hyperparameter module for RL Zoo.
+The article's recipe (section 5) as a hyperparameter module for RL Zoo.
 
 ``python -m sb3_ppo_penalty train --algo ppo_clip --env Pendulum-v1 --conf-file sb3_ppo_penalty.zoo.article``
 
@@ -9,9 +9,9 @@ A module and not YAML: RL Zoo reads no class, such as the recipe's rollout buffe
 from copy import deepcopy
 from typing import Any
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE
+from sb3_ppo_penalty import ARTICLE_RECIPE
 
 #: RL Zoo's format. 220,000 steps are 100 of the recipe's batches
 hyperparams: dict[str, dict[str, Any]] = {
-    "Pendulum-v1": {"n_envs": 1, "n_timesteps": 220_000, "policy": "MlpPolicy", **deepcopy(DOCUMENT_RECIPE)}
+    "Pendulum-v1": {"n_envs": 1, "n_timesteps": 220_000, "policy": "MlpPolicy", **deepcopy(ARTICLE_RECIPE)}
 }

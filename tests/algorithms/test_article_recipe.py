@@ -1,4 +1,4 @@
-"""One whole update of the document's recipe against its equations, written here in plain torch and numpy."""
+"""One whole update of the article's recipe against its equations, written here in plain torch and numpy."""
 
 import gymnasium as gym
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_ppo_penalty import DOCUMENT_RECIPE, PPOClip, RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty import ARTICLE_RECIPE, PPOClip, RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 
 GAMMA, CLIP, LEARNING_RATE, UPDATES = 0.99, 0.2, 3e-4, 10
 
@@ -21,7 +21,7 @@ def copy_weights(target: nn.Sequential, body: nn.Module, head: nn.Module) -> Non
         layer.load_state_dict(source.state_dict())
 
 
-def document_update(actor, critic, episodes) -> None:
+def article_update(actor, critic, episodes) -> None:
     """Section 5: rewards-to-go, normalised advantages, ten full-batch steps of two Adams, clipped surrogate and MSE."""
     covariance = 0.5 * th.eye(1)
     observations = th.tensor(np.concatenate([episode["obs"] for episode in episodes]), dtype=th.float)
@@ -73,9 +73,9 @@ class Recorder(gym.Wrapper):
         return self.last, reward, terminated, truncated, info
 
 
-def test_one_update_is_the_documents() -> None:
+def test_one_update_is_the_articles() -> None:
     env = Recorder()
-    model = PPOClip("MlpPolicy", env, seed=5, **DOCUMENT_RECIPE)
+    model = PPOClip("MlpPolicy", env, seed=5, **ARTICLE_RECIPE)
     actor, critic = network(1), network(1)
     copy_weights(actor, model.policy.mlp_extractor.policy_net, model.policy.action_net)
     copy_weights(critic, model.policy.mlp_extractor.value_net, model.policy.value_net)
@@ -86,7 +86,7 @@ def test_one_update_is_the_documents() -> None:
     # Actions before SB3 clips them to the environment's bounds: only the buffer has them
     for number, episode in enumerate(episodes):
         episode["actions"] = model.rollout_buffer.actions[200 * number : 200 * (number + 1)]
-    document_update(actor, critic, episodes)
+    article_update(actor, critic, episodes)
     after = th.cat([parameter.flatten() for parameter in actor.parameters()])
     assert (after - before).abs().max() > 1e-4  # the update moved the weights by far more than the tolerance
     for ours, layers in ((actor, "policy_net"), (critic, "value_net")):
@@ -140,7 +140,7 @@ def test_advantages_are_normalised_once_over_the_whole_batch() -> None:
 def test_time_limits_are_not_bootstrapped() -> None:
     """Rewards in the buffer are the environment's own, also at step 200, where SB3 would add gamma * V."""
     env = Recorder()
-    model = PPOClip("MlpPolicy", env, seed=0, **{**DOCUMENT_RECIPE, "n_steps": 400, "batch_size": 400, "n_epochs": 1})
+    model = PPOClip("MlpPolicy", env, seed=0, **{**ARTICLE_RECIPE, "n_steps": 400, "batch_size": 400, "n_epochs": 1})
     with th.no_grad():
         model.policy.value_net.bias.fill_(1000.0)  # so that a bootstrapped reward could not be missed
     model.learn(400)
@@ -175,7 +175,7 @@ def test_dict_observations_have_the_buffer_too() -> None:
 
 
 def test_recipe_can_be_printed_and_passed() -> None:
-    assert "RewardToGoRolloutBuffer" in repr(DOCUMENT_RECIPE)
-    model = PPOClip("MlpPolicy", "Pendulum-v1", **DOCUMENT_RECIPE)
+    assert "RewardToGoRolloutBuffer" in repr(ARTICLE_RECIPE)
+    model = PPOClip("MlpPolicy", "Pendulum-v1", **ARTICLE_RECIPE)
     assert model.policy.covariance.tolist() == [0.5]
     assert model.max_grad_norm == float("inf")

@@ -38,7 +38,7 @@ def test_ways_to_ask(choice, expected):
     assert KLPenalty.of(choice) == expected
 
 
-def test_the_default_is_the_documents():
+def test_the_default_is_the_articles():
     names = {"sampled": False, "advantage_weighted": False, "max_ratio": None}
     assert KLPenalty() == KLPenalty(direction="old_new", cutoff_coef=0.0, per_state=False, **names)
 

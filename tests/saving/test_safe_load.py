@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 import sb3_ppo_penalty
-from sb3_ppo_penalty import DOCUMENT_RECIPE, CnnPolicy, MlpPolicy, MultiInputPolicy, PPOClip, PPOPenalty, UnsafeFileError
+from sb3_ppo_penalty import ARTICLE_RECIPE, CnnPolicy, MlpPolicy, MultiInputPolicy, PPOClip, PPOPenalty, UnsafeFileError
 from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.saving.safe_load import BUFFERS, IGNORED, POLICIES, _class_among
 
@@ -155,7 +155,7 @@ ORDINARY = {
     "compiled": (PPOPenalty, "MlpPolicy", pendulum, {"compile": True, "kl_controller": "proportional", "policy_kwargs": NET}),
     "clip": (PPOClip, "MlpPolicy", pendulum, {}),
     "clip, learned covariance": (PPOClip, "MlpPolicy", pendulum, {"policy_kwargs": {"learn_covariance": True, **NET}}),
-    "the document's recipe": (PPOClip, "MlpPolicy", pendulum, {**DOCUMENT_RECIPE, "n_steps": 16, "batch_size": 16}),
+    "the document's recipe": (PPOClip, "MlpPolicy", pendulum, {**ARTICLE_RECIPE, "n_steps": 16, "batch_size": 16}),
     "SB3's policy, gSDE, schedules": (
         *(PPOClip, ActorCriticPolicy, pendulum),
         {

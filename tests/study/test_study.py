@@ -218,8 +218,8 @@ def test_an_environment_without_an_entry_is_an_error(tmp_path: Path) -> None:
         grid.zoo_settings("ppo", "Pendulum-v1", str(tmp_path / "my.yml"))
 
 
-def test_the_document_s_batches_hold_whole_episodes() -> None:
-    pendulum, cartpole = grid.document_settings("Pendulum-v1"), grid.document_settings("CartPole-v1")
+def test_the_article_s_batches_hold_whole_episodes() -> None:
+    pendulum, cartpole = grid.article_settings("Pendulum-v1"), grid.article_settings("CartPole-v1")
     assert pendulum.hyperparams["n_steps"] == pendulum.hyperparams["batch_size"] == 2200  # 11 episodes of 200 steps
     assert cartpole.hyperparams["n_steps"] == 2500  # 5 of at most 500
     assert pendulum.hyperparams["policy_kwargs"]["covariance"] == 0.5
@@ -511,7 +511,7 @@ def test_finished_runs_of_another_source_are_kept_and_named(study, package: Path
     before = finished_files(out)
     again = next((out / "runs").glob("ppo-seed1-*"))
     shutil.rmtree(again)
-    with (package / "zoo" / "document.py").open("a") as file:
+    with (package / "zoo" / "article.py").open("a") as file:
         file.write("# a comment")
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     command = [*COMPARE, *WORDS, "--n-jobs", "1", "--out", str(out)]
@@ -760,7 +760,7 @@ def test_three_seeds_have_both(made_up) -> None:
 
 
 #: Names and figures of twelve algorithms
-CROWD = ["ppo", "ppo_penalty", "ppo_clip", "trpo", "ppo_document", "ppo+a", "ppo_clip+b", "trpo+c", "ppo_penalty+0.1"]
+CROWD = ["ppo", "ppo_penalty", "ppo_clip", "trpo", "ppo_article", "ppo+a", "ppo_clip+b", "trpo+c", "ppo_penalty+0.1"]
 CROWD += ["ppo_penalty+truncated-at-two-with-guard-rollback", "ppo_penalty+per-state_cutoff.1000", f"ppo+{'x' * 60}"]
 
 
@@ -836,10 +836,10 @@ def test_the_close_up_shows_the_end_of_the_better_half_and_an_optimum_that_is_ne
     assert plots.close_up([flat], optimum=None) == pytest.approx((499.25, 500.75))
 
 
-def test_the_document_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None:
+def test_the_article_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None:
     _, found = made_up
-    found.runs["algo"] = found.runs["algo"].replace("ppo_penalty", "ppo_document")
-    text = report.document_section(found)
+    found.runs["algo"] = found.runs["algo"].replace("ppo_penalty", "ppo_article")
+    text = report.article_section(found)
     assert "| 3            | 100              | -90.0                         | -80.0             | -900.0" in text
     assert "-76.99" in text
 

@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import sb3_ppo_penalty
-from sb3_ppo_penalty import DOCUMENT_RECIPE, PENDULUM, PPOClip, PPOPenalty, RewardToGoRolloutBuffer, zoo
+from sb3_ppo_penalty import ARTICLE_RECIPE, PENDULUM, PPOClip, PPOPenalty, RewardToGoRolloutBuffer, zoo
 from sb3_ppo_penalty.__main__ import main
 from sb3_ppo_penalty.zoo.commands import child_command
 
@@ -473,7 +473,7 @@ def test_pendulums_entry_is_the_dict_of_the_package(tmp_path: Path) -> None:
     assert all(th.equal(one, other) for one, other in zip(by_zoo.policy.parameters(), model.policy.parameters(), strict=True))
 
 
-def test_documents_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
+def test_articles_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
     experiment = manager("ppo_clip", "Pendulum-v1", tmp_path, config="sb3_ppo_penalty.zoo.article", n_timesteps=0)
     model, saved = experiment.setup_experiment()
     model.env.close()
@@ -481,5 +481,5 @@ def test_documents_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
     assert (experiment.n_timesteps, model.n_envs, model.n_steps, model.batch_size) == (220_000, 1, 2200, 2200)
     # As `enjoy` reads it back
     kept = yaml.unsafe_load((Path(experiment.params_path) / "config.yml").read_text())
-    assert {key: kept[key] for key in DOCUMENT_RECIPE} == DOCUMENT_RECIPE
+    assert {key: kept[key] for key in ARTICLE_RECIPE} == ARTICLE_RECIPE
     assert saved["policy"] == "MlpPolicy"
