@@ -167,7 +167,7 @@ def make_package(tmp_path: Path) -> Path:
     return shutil.copytree(Path(grid.__file__).parents[1], tmp_path / "sb3_ppo_penalty", ignore=ignored)
 
 
-@pytest.mark.parametrize("name", ["losses.py", "study/run.py", "zoo/search.py", "a_new_room/deeper/module.py"])
+@pytest.mark.parametrize("name", ["version.py", "objectives/losses.py", "study/run.py", "a_new_room/deeper/module.py"])
 def test_the_source_is_that_of_all_sub_packages(name: str, package: Path, monkeypatch) -> None:
     monkeypatch.setattr(grid.sb3_ppo_penalty, "__file__", str(package / "__init__.py"))
     digest = grid.source_digest.__wrapped__
@@ -187,7 +187,7 @@ def test_moving_a_module_is_another_source_and_compiling_one_is_not(package: Pat
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "losses.cpython-311.pyc").write_bytes(b"compiled")
     assert digest() == before
-    (package / "losses.py").rename(package / "zoo" / "losses.py")
+    (package / "objectives" / "losses.py").rename(package / "zoo" / "losses.py")
     assert digest() != before
 
 
@@ -840,7 +840,7 @@ def test_the_article_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None
     _, found = made_up
     found.runs["algo"] = found.runs["algo"].replace("ppo_penalty", "ppo_article")
     text = report.article_section(found)
-    assert "| 3            | 100              | -90.0                         | -80.0             | -900.0" in text
+    assert "| 3           | 100              | -90.0                         | -80.0             | -900.0" in text
     assert "-76.99" in text
 
 
