@@ -40,7 +40,7 @@ def require_integer(name: str, value: Any, lowest: int) -> None:
     require(whole and value >= lowest, name, value, f"an integer of at least {lowest}")
 
 
-def _is_float(value: Real) -> bool:
+def _fits_float(value: Real) -> bool:
     """
     :param value: a number
     :return: whether a float can hold it: an integer may be too large
@@ -91,7 +91,7 @@ def require_number(
         return
     number = isinstance(value, Real) and not isinstance(value, bool)
     inside = number and (lowest < value if open_below else lowest <= value) and value <= highest
-    finite = number and _is_float(value) and (infinite or math.isfinite(value))
+    finite = number and _fits_float(value) and (infinite or math.isfinite(value))
     limits = [f"{'above' if open_below else 'at least'} {lowest:g}"] if lowest > -math.inf else []
     limits += [f"at most {highest:g}"] if highest < math.inf else []
     kind = "a number" if infinite else "a finite number"

@@ -239,9 +239,9 @@ class PPOPenalty(ProximalAlgorithm):
     ) -> tuple[th.Tensor, th.Tensor]:
         clip_range, penalty = settings["clip_range"], settings["kl_penalty"]
         kl = penalty.charge(ratio, advantages, batch.old, parameters)
-        ratio = penalty.bounded(ratio, advantages)
+        ratio = penalty.truncate(ratio, advantages)
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
-        return objective, penalty.penalized(objective, kl, settings["kl_coef"], settings["target_kl"])
+        return objective, penalty.penalize(objective, kl, settings["kl_coef"], settings["target_kl"])
 
     def _excluded_save_params(self) -> list[str]:
         # A file without a clip range opens in stock PPO, which takes its default where it could not take None

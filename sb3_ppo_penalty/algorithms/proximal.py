@@ -31,13 +31,13 @@ from sb3_ppo_penalty.objectives import losses
 from sb3_ppo_penalty.objectives.divergence import (
     ActionParameters,
     UnknownDivergenceError,
+    collect_rows,
     concatenate,
-    filled,
     kl_divergence,
     parameters_of,
 )
 from sb3_ppo_penalty.objectives.losses import Drift
-from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
+from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, covariance_mismatch
 from sb3_ppo_penalty.rollouts.rollout import (
     IgnoreTimeLimits,
     Minibatch,
@@ -722,7 +722,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
 
         def moved() -> tuple[th.Tensor | None, th.Tensor]:
             with self._acting():
-                log_ratio, *exact = filled(map(of, rollout.chunks()), len(rollout))
+                log_ratio, *exact = collect_rows(map(of, rollout.chunks()), len(rollout))
             return exact[0] if exact else None, log_ratio
 
         return self._ranks.drift(self.policy, moved)
@@ -863,7 +863,7 @@ class ProximalAlgorithm(OnPolicyAlgorithm):
         given: Any = load_path_or_dict
         if not isinstance(given, dict):
             _, given, _ = load_from_zip_file(given, device=device, load_data=False)
-        mismatch = spread_mismatch(self.policy.state_dict().keys(), given.get("policy", {}).keys())
+        mismatch = covariance_mismatch(self.policy.state_dict().keys(), given.get("policy", {}).keys())
         # Without an exact match the policy's other weights are taken, but an optimizer's state fits all of them or none
         if mismatch and (exact_match or "policy.optimizer" in given):
             raise RuntimeError(f"the parameters do not fit {type(self).__name__}: {mismatch}")

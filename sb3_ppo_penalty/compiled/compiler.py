@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from sb3_ppo_penalty.compiled.module_state import UnfollowedError, module_state
 from sb3_ppo_penalty.compiled.worker import Draw, Graph, Workshop, drawn, each_tensor, pickled
 from sb3_ppo_penalty.objectives.losses import k3_estimate
-from sb3_ppo_penalty.policies.policies import STAND_INS, FixedCovarianceMixin
+from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES, FixedCovarianceMixin
 from sb3_ppo_penalty.rollouts.rollout import Minibatch
 from sb3_ppo_penalty.updates.step import (
     EagerStepper,
@@ -795,11 +795,11 @@ class Compiler:
             mean, values = graph(*fixed, *observations)
             return mean, values
 
-        STAND_INS[policy] = mean_and_value
+        FORWARD_OVERRIDES[policy] = mean_and_value
         try:
             yield
         finally:
-            del STAND_INS[policy]
+            del FORWARD_OVERRIDES[policy]
 
     def _actor(self, kind: Any, networks: "_Networks", obs: Any) -> Graph | None:
         """

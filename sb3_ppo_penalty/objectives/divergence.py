@@ -240,7 +240,7 @@ def register_divergence(
     parameters_of.register(distribution_class, frozen)
 
 
-def filled(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Tensor, ...]:
+def collect_rows(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Tensor, ...]:
     """
     Join what is worked out batch by batch, each batch put in its place at once: small results that were kept from between
     the large tensors of the passes would hold memory together that the allocator could give back.
@@ -276,7 +276,7 @@ def concatenate(parts: Iterable[ActionParameters], rows: int) -> ActionParameter
     """
     batches = iter(parts)
     first = next(batches)
-    per_state = filled((part.per_state for part in chain([first], batches)), rows)
+    per_state = collect_rows((part.per_state for part in chain([first], batches)), rows)
     shared = tuple(tensor.detach().clone() if tensor.requires_grad else tensor for tensor in first.shared)
     return first._replace(per_state=per_state, shared=shared)
 

@@ -71,7 +71,7 @@ class KLPenalty:
         require(known, "kl_penalty", choice, f"a KLPenalty, one of {list(DIRECTIONS)}, or a dict of {own}")
         return cls(**choice)
 
-    def bounded(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
+    def truncate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
         """
         :param ratio: importance ratio, shape (batch,)
         :param advantages: shape (batch,)
@@ -94,7 +94,7 @@ class KLPenalty:
         kl = losses.squared_ratio_deviation(ratio) if self.sampled else directed_divergence(old, new(), self.direction)
         return advantages.abs() * kl if self.advantage_weighted else kl
 
-    def penalized(
+    def penalize(
         self, objective: th.Tensor, kl: th.Tensor, kl_coef: float | th.Tensor, target_kl: float | th.Tensor
     ) -> th.Tensor:
         """

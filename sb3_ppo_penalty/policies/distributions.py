@@ -162,7 +162,7 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         :return: mean + L noise, shape (batch, action_dim), differentiable in the mean
         :raises ValueError: if a mean is not finite, as torch's own Normal does
         """
-        return self._mean + self._spread(self._noise())
+        return self._mean + self._scale_noise(self._noise())
 
     def sample_with_log_prob(self) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -172,7 +172,7 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         :raises ValueError: if a mean is not finite
         """
         noise = self._noise()
-        return self._mean + self._spread(noise), -0.5 * noise.square().sum(dim=1) - self.constants.log_normalizer
+        return self._mean + self._scale_noise(noise), -0.5 * noise.square().sum(dim=1) - self.constants.log_normalizer
 
     def get_actions(self, deterministic: bool = False) -> th.Tensor:
         """
@@ -204,7 +204,7 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         self._require_finite_mean()
         return th.randn_like(self._mean)
 
-    def _spread(self, noise: th.Tensor) -> th.Tensor:
+    def _scale_noise(self, noise: th.Tensor) -> th.Tensor:
         """
         :param noise: shape (batch, action_dim)
         :return: L noise, same shape

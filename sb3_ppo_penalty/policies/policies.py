@@ -26,10 +26,10 @@ from sb3_ppo_penalty.policies.distributions import (
 SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[4:]
 
 #: What stands in for a policy's `mean_and_value` for a while. Not on the policy, so that no copy and no file of it has it
-STAND_INS: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
+FORWARD_OVERRIDES: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
 
 
-def spread_mismatch(own: Container[str], found: Container[str]) -> str | None:
+def covariance_mismatch(own: Container[str], found: Container[str]) -> str | None:
     """
     Say why weights do not fit where the covariance of one policy's Gaussian learns and that of the other's is fixed.
 
@@ -46,7 +46,7 @@ def spread_mismatch(own: Container[str], found: Container[str]) -> str | None:
     return None
 
 
-def fused_where_open(optimizer_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+def with_fused_adam(optimizer_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """
     Choose torch's fused Adam, one kernel for all weights instead of a dozen for each, where nothing else was chosen.
 
@@ -107,16 +107,16 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
         self._requested_covariance = covariance
-        self._waits_for_progress = callable(covariance)
+        self._schedule_not_followed = callable(covariance)
         if covariance is None and "log_std_init" in kwargs:
             with np.errstate(over="ignore"):
                 self._requested_covariance = float(np.exp(2 * kwargs["log_std_init"]))
             if not 0 < self._requested_covariance < np.inf:
                 raise ValueError(f"`log_std_init` must give a positive finite spread, got {kwargs['log_std_init']!r}")
-        self._covariance_is_asked_for = covariance is not None or learn_covariance
+        self._covariance_was_given = covariance is not None or learn_covariance
         chosen = kwargs.get("optimizer_kwargs")
         if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
-            kwargs["optimizer_kwargs"] = fused_where_open(chosen)
+            kwargs["optimizer_kwargs"] = with_fused_adam(chosen)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
         if "fused" not in (chosen or {}) and not all(weight.is_floating_point() for weight in self.parameters()):
             # The fused kernel takes no complex weight
@@ -137,7 +137,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         """
         gaussian = isinstance(self.action_space, spaces.Box) and not self.use_sde
         if not gaussian:
-            if self._covariance_is_asked_for:
+            if self._covariance_was_given:
                 where = "use_sde=True" if self.use_sde else f"the action space {self.action_space}"
                 raise ValueError(f"`covariance` and `learn_covariance` have no meaning with {where}: leave them out")
             super()._build(lr_schedule)
@@ -156,8 +156,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         self.register_buffer("covariance", covariance.float())
         self.register_buffer("log_std", None, persistent=False)
         super()._build(lr_schedule)
-        self._work_out_constants()
-        self._check_shape(self._covariance_at(0.0))
+        self._update_constants()
+        self._check_covariance_shape(self._covariance_at(0.0))
 
     def _covariance_at(self, progress_remaining: float) -> th.Tensor:
         """
@@ -174,7 +174,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         except ValueError as error:
             raise ValueError(f"{error} (the schedule's answer at a remaining progress of {progress_remaining:g})") from error
 
-    def _check_shape(self, covariance: th.Tensor) -> None:
+    def _check_covariance_shape(self, covariance: th.Tensor) -> None:
         """
         :param covariance: of a schedule
         :raises ValueError: if it is a matrix where its first answer was variances, or the other way round
@@ -196,11 +196,11 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         """
         if not callable(self._requested_covariance):
             return
-        self._waits_for_progress = False
+        self._schedule_not_followed = False
         covariance = self._covariance_at(min(max(progress_remaining, 0.0), 1.0))
-        self._check_shape(covariance)
+        self._check_covariance_shape(covariance)
         self.covariance.copy_(covariance)
-        self._work_out_constants()
+        self._update_constants()
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -208,8 +208,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
         :param mode: whether the policy is about to be trained
         """
-        if mode and self._waits_for_progress:
-            self._waits_for_progress = False
+        if mode and self._schedule_not_followed:
+            self._schedule_not_followed = False
             warnings.warn(
                 "`covariance` is a schedule, but this algorithm does not follow it: it stays at its first value. Take "
                 "PPOPenalty or PPOClip, or call `policy.update_covariance` from a callback before each rollout",
@@ -218,7 +218,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
             )
         super().set_training_mode(mode)
 
-    def _work_out_constants(self) -> None:
+    def _update_constants(self) -> None:
         """Derive from the covariance what every call needs; what does not change stays the very same tensor."""
         constants = {f"_{name}": constant for name, constant in GaussianConstants.of(self.covariance)._asdict().items()}
         variances = self.covariance if self.covariance.dim() == 1 else self.covariance.diagonal()
@@ -239,7 +239,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         :return: the names that were missing and those that were not expected
         :raises RuntimeError: if names or shapes do not fit
         """
-        mismatch = spread_mismatch(self.state_dict().keys(), state_dict.keys()) if strict else None
+        mismatch = covariance_mismatch(self.state_dict().keys(), state_dict.keys()) if strict else None
         if mismatch:
             raise RuntimeError(f"the weights do not fit {type(self).__name__}: {mismatch}")
         return super().load_state_dict(state_dict, strict, assign)
@@ -248,7 +248,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         """Let the constants follow a covariance that was loaded."""
         super()._load_from_state_dict(*args, **kwargs)
         if self.has_fixed_covariance:
-            self._work_out_constants()
+            self._update_constants()
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -261,7 +261,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if not self.has_fixed_covariance or deterministic:
             actions, values, log_prob = super().forward(obs, deterministic)
             return actions, values, log_prob
-        mean, values = STAND_INS.get(self, self.mean_and_value)(obs)
+        mean, values = FORWARD_OVERRIDES.get(self, self.mean_and_value)(obs)
         assert isinstance(self.action_space, spaces.Box)
         assert isinstance(self.action_dist, FixedGaussianDistribution)
         actions, log_prob = self.action_dist.proba_distribution(mean, self._constants()).sample_with_log_prob()

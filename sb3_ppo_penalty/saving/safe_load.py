@@ -31,7 +31,7 @@ from sb3_ppo_penalty.arguments import require, require_integer
 from sb3_ppo_penalty.objectives.kl_controllers import AdaptiveRule, DualAscent, FixedCoefficient, Proportional
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies.distributions import covariance_tensor
-from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, spread_mismatch
+from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, covariance_mismatch
 from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.saving.safe_archive import Pickled, SavedModel, check, read_model, refusing
 from sb3_ppo_penalty.updates.guard import Guard
@@ -411,7 +411,9 @@ def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
     """
     policy = model.policy
     with refusing("policy.pth"):
-        mismatch = spread_mismatch(policy.state_dict().keys(), saved.policy.keys()) if isinstance(saved.policy, dict) else None
+        mismatch = (
+            covariance_mismatch(policy.state_dict().keys(), saved.policy.keys()) if isinstance(saved.policy, dict) else None
+        )
         check(mismatch is None, "policy.pth", "another spread", f"of a policy like this one: {mismatch}")
         weights = _like("policy.pth", saved.policy, policy.state_dict())
         if getattr(policy, "has_fixed_covariance", False):

@@ -20,7 +20,7 @@ from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
 from sb3_ppo_penalty.compiled.compiler import AdamOptions, adam_step
 from sb3_ppo_penalty.compiled.worker import ApartError, Workshop, answer
-from sb3_ppo_penalty.policies.policies import STAND_INS
+from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES
 
 SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [16]}
@@ -230,7 +230,7 @@ def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> Non
     class Watch(BaseCallback):
         def _on_step(self) -> bool:
             if self.n_calls == 5:
-                seen.append((len(STAND_INS), copy.deepcopy(self.model.policy)))
+                seen.append((len(FORWARD_OVERRIDES), copy.deepcopy(self.model.policy)))
             return True
 
     models = []
@@ -239,7 +239,7 @@ def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> Non
         models.append(model.learn(model.n_steps, callback=Watch()))
     compiled = models[1]
     assert [count for count, _ in seen] == [0, 1]
-    assert len(STAND_INS) == 0
+    assert len(FORWARD_OVERRIDES) == 0
     assert len(compiled._compiler.actors) == 1
     buffers = [model.rollout_buffer for model in models]
     for name in ("actions", "values", "log_probs", "observations", "rewards"):

@@ -24,9 +24,9 @@ from torch.distributions import kl_divergence as torch_kl_divergence
 from sb3_ppo_penalty import MlpPolicy
 from sb3_ppo_penalty.objectives.divergence import (
     ActionParameters,
+    collect_rows,
     concatenate,
     directed_divergence,
-    filled,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -629,8 +629,8 @@ def test_batches_that_do_not_add_up_are_not_joined(rows):
     """Fewer would leave states undefined, more would be lost."""
     batches = [(th.zeros(3), th.ones(3, 2)), (th.zeros(2), th.ones(2, 2))]
     with pytest.raises(ValueError, match=f"^the batches should have {rows} rows together$"):
-        filled(batches, rows)
-    assert [tuple(column.shape) for column in filled(batches, 5)] == [(5,), (5, 2)]
+        collect_rows(batches, rows)
+    assert [tuple(column.shape) for column in collect_rows(batches, 5)] == [(5,), (5, 2)]
 
 
 def test_batches_of_different_kinds_are_not_joined():

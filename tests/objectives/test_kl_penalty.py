@@ -121,9 +121,9 @@ def test_a_sampled_charge_asks_for_no_distribution():
 
 def test_ratios_are_left_alone_unless_asked():
     ratio, advantages = tensor(0.5, 100, 100), tensor(1, 1, -1)
-    assert KLPenalty().bounded(ratio, advantages) is ratio
+    assert KLPenalty().truncate(ratio, advantages) is ratio
     # 4 (1 + ln 25)
-    assert KLPenalty(max_ratio=4.0).bounded(ratio, advantages).tolist() == pytest.approx([0.5, 4, 16.8755033])
+    assert KLPenalty(max_ratio=4.0).truncate(ratio, advantages).tolist() == pytest.approx([0.5, 4, 16.8755033])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_ratios_are_left_alone_unless_asked():
 @pytest.mark.parametrize("wrap", [float, tensor], ids=["numbers", "tensors"])
 def test_penalized_objective(shape, expected, wrap):
     coefficients = [wrap(x) if wrap is float else wrap(x)[0] for x in (2.0, 0.01)]
-    assert shape.penalized(tensor(0.5)[0], tensor(0.04, 0.02), *coefficients).item() == pytest.approx(expected)
+    assert shape.penalize(tensor(0.5)[0], tensor(0.04, 0.02), *coefficients).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("direction", ["old_new", "new_old", "symmetric"])
@@ -151,8 +151,8 @@ def test_no_value_decides_what_is_computed(direction, per_state):
     ratio, advantages = tensor(0.5, 100), tensor(1, -1)
 
     def objective(kl_coef, target_kl):
-        truncated = (shape.bounded(ratio, advantages) * advantages).mean()
-        return shape.penalized(truncated, shape.charge(ratio, advantages, OLD, lambda: NEW), kl_coef, target_kl)
+        truncated = (shape.truncate(ratio, advantages) * advantages).mean()
+        return shape.penalize(truncated, shape.charge(ratio, advantages, OLD, lambda: NEW), kl_coef, target_kl)
 
     kl_coefs, targets = tensor(0.0, 1.0, 7.0), tensor(0.001, 0.05, 1.0)
     batched = th.func.vmap(objective)(kl_coefs, targets)
