@@ -5,6 +5,9 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+#: Characters of a name or of a foreign message that are repeated in an error
+LONGEST_QUOTE = 300
+
 
 class ArgumentError(ValueError, AssertionError):
     """
@@ -15,18 +18,37 @@ class ArgumentError(ValueError, AssertionError):
     """
 
 
-def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+def quote(text: str) -> str:
     """
-    Let the value pass or say what is wrong with it.
+    Cut a text to what fits an error message, without characters that move a terminal's cursor.
+
+    :param text: a name or a message, perhaps from a file of unknown origin
+    :return: at most ``LONGEST_QUOTE`` printable characters
+    """
+    return "".join(character if character.isprintable() else "?" for character in text[:LONGEST_QUOTE])
+
+
+def require(
+    condition: bool,
+    name: str,
+    value: Any,
+    allowed: str,
+    error: type[ValueError] = ArgumentError,
+    show: Callable[[Any], str] = repr,
+) -> None:
+    """
+    Raise an error that names the argument, its value and what is allowed, unless a condition holds.
 
     :param condition: whether the value is allowed
-    :param name: of the argument
+    :param name: name of the argument, or of an entry of a file
     :param value: what was passed
     :param allowed: what may be passed, to complete "must be ..."
-    :raises ArgumentError: if the condition is false
+    :param error: class of the error
+    :param show: turns the value into a text
+    :raises ArgumentError: if the condition is false; or the other ``error``
     """
     if not condition:
-        raise ArgumentError(f"`{name}` must be {allowed}, got {value!r}")
+        raise error(f"`{quote(name)}` must be {allowed}, got {show(value)}")
 
 
 def require_integer(name: str, value: Any, lowest: int) -> None:

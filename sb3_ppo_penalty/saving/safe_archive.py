@@ -12,10 +12,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.save_util import open_path
+
+from sb3_ppo_penalty.arguments import quote, require
 
 #: What ``save`` puts into its archive: values and weights. Not read are variables, which these algorithms do not have, two
 #: texts for people, and the pickle that a resumable checkpoint has besides
@@ -48,12 +51,14 @@ LARGEST_PICKLE = 2**19
 MOST_OBJECTS = 30_000
 #: Brackets and commas in the JSON: each can become an object of a hundred bytes
 MOST_JSON_PARTS = 100_000
-#: Characters of a foreign message or value that are repeated in ours
-LONGEST_QUOTE = 300
 
 
 class UnsafeFileError(ValueError):
     """A file that ``load_safe`` refuses; the message names the entry that it refuses it for."""
+
+
+#: ``require`` for an entry of a file: its value may be long or hostile, so the message shows only the beginning of it
+check = partial(require, error=UnsafeFileError, show=lambda value: quote(reprlib.repr(value)))
 
 
 class Pickled(dict[str, Any]):
@@ -90,29 +95,7 @@ def refusing(entry: str, *passed: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (UnsafeFileError, *passed)):
             raise
-        raise UnsafeFileError(f"`{_quote(entry)}` cannot be used: {_quote(f'{type(error).__name__}: {error}')}") from error
-
-
-def check(condition: bool, entry: str, value: Any, allowed: str) -> None:
-    """
-    Let a part of a file pass or say what is wrong with it.
-
-    :param condition: whether it is allowed
-    :param entry: to name
-    :param value: what the file holds
-    :param allowed: what it may hold, to complete "must be ..."
-    :raises UnsafeFileError: if the condition is false
-    """
-    if not condition:
-        raise UnsafeFileError(f"`{_quote(entry)}` must be {allowed}, got {_quote(reprlib.repr(value))}")
-
-
-def _quote(text: str) -> str:
-    """
-    :param text: that a stranger may have written
-    :return: as much of it as fits a message, without what moves a terminal's cursor
-    """
-    return "".join(character if character.isprintable() else "?" for character in text[:LONGEST_QUOTE])
+        raise UnsafeFileError(f"`{quote(entry)}` cannot be used: {quote(f'{type(error).__name__}: {error}')}") from error
 
 
 def read_model(path: str | pathlib.Path | io.BufferedIOBase, max_bytes: int) -> SavedModel:
