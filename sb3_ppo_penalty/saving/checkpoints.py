@@ -30,7 +30,7 @@ TRAILER_LENGTH = len("resumable checkpoint ") + 2 * (16 + 1) + DIGEST_LENGTH
 NOISE = ("exploration_mat", "exploration_matrices")
 
 
-class Snapshot(NamedTuple):
+class CheckpointState(NamedTuple):
     """
     What SB3's own file does not hold, or its ``load`` does not bring back.
 
@@ -56,7 +56,7 @@ class Snapshot(NamedTuple):
     env: VecEnvState
 
     @classmethod
-    def of(cls, model: OnPolicyAlgorithm, n_calls: int, collecting: bool) -> "Snapshot":
+    def of(cls, model: OnPolicyAlgorithm, n_calls: int, collecting: bool) -> "CheckpointState":
         """
         :param model: in training, between an update and a rollout
         :param n_calls: calls of the callback
@@ -163,7 +163,7 @@ class ResumableCheckpointCallback(BaseCallback):
         self.keep = keep
         self._due = False
         self._collecting = False
-        self._resumed: Snapshot | None = None
+        self._resumed: CheckpointState | None = None
         self._written: list[Path] = []
         self._number = 0
 
@@ -183,17 +183,17 @@ class ResumableCheckpointCallback(BaseCallback):
         require(self.parent is None, "callback", self.parent, "outside an EventCallback")
         if self._resumed is None:
             return
-        snapshot = self._resumed
-        same = self.model.num_timesteps == snapshot.attributes["num_timesteps"]
+        state = self._resumed
+        same = self.model.num_timesteps == state.attributes["num_timesteps"]
         require(same, "reset_num_timesteps", True, "False in the `learn` of the model that `resume` returned")
         # As if the time in between had not passed, for the log's frames per second
-        self.model.start_time = time.time_ns() - snapshot.elapsed
-        self.model._num_timesteps_at_start = snapshot.attributes["_num_timesteps_at_start"]
+        self.model.start_time = time.time_ns() - state.elapsed
+        self.model._num_timesteps_at_start = state.attributes["_num_timesteps_at_start"]
         names = ("name_to_value", "name_to_count", "name_to_excluded")
-        for name, values in zip(names, snapshot.log, strict=True):
+        for name, values in zip(names, state.log, strict=True):
             getattr(self.logger, name).update(values)
-        if not snapshot.collecting:
-            snapshot.random.restore()
+        if not state.collecting:
+            state.random.restore()
             self._resumed = None
 
     def _on_rollout_start(self) -> None:
@@ -227,19 +227,19 @@ class ResumableCheckpointCallback(BaseCallback):
         self._number += 1
         assert isinstance(self.model, OnPolicyAlgorithm)
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps.zip"
-        snapshot = Snapshot.of(self.model, self.n_calls, self._collecting)
-        _write_atomically(path, _content_of(self.model, snapshot, self._number))
+        state = CheckpointState.of(self.model, self.n_calls, self._collecting)
+        _write_atomically(path, _content_of(self.model, state, self._number))
         self._written = [*(each for each in self._written if each != path), path]
         while self.keep is not None and len(self._written) > self.keep:
             self._written.pop(0).unlink(missing_ok=True)
 
-    def _continue(self, snapshot: Snapshot) -> None:
+    def _continue(self, state: CheckpointState) -> None:
         """
-        :param snapshot: of the training that the next ``learn`` goes on with
+        :param state: of the training that the next ``learn`` goes on with
         """
-        self.n_calls = snapshot.n_calls
+        self.n_calls = state.n_calls
         self._due = False
-        self._resumed = snapshot
+        self._resumed = state
 
 
 def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path | None:
@@ -287,36 +287,36 @@ def resume(
     allowed = "a complete checkpoint of ResumableCheckpointCallback (this file is torn, or something else)"
     require(_is_complete(content), "path", str(path), allowed)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        snapshot: Snapshot = loads(archive.read(ENTRY))
-    venv = snapshot.algorithm._wrap_env(maybe_make_env(env, verbose=0))
-    if mismatch := snapshot.env.mismatch(venv):
+        state: CheckpointState = loads(archive.read(ENTRY))
+    venv = state.algorithm._wrap_env(maybe_make_env(env, verbose=0))
+    if mismatch := state.env.mismatch(venv):
         raise ArgumentError(f"`env` must be {mismatch}")
-    model = snapshot.algorithm.load(io.BytesIO(content), env=venv, device=device)
+    model = state.algorithm.load(io.BytesIO(content), env=venv, device=device)
     # Again, because `load` has seeded some of it anew and turned JSON's tuples into lists
-    vars(model).update(snapshot.attributes)
+    vars(model).update(state.attributes)
     model.action_space, model.observation_space = venv.action_space, venv.observation_space
-    if mismatch := snapshot.env.restore(venv):
+    if mismatch := state.env.restore(venv):
         raise ArgumentError(f"`env` must be {mismatch}")
-    snapshot.random.restore()
-    if isinstance(snapshot.env.environments, str):
-        warnings.warn(f"the environments start new episodes: they {snapshot.env.environments}", stacklevel=2)
+    state.random.restore()
+    if isinstance(state.env.environments, str):
+        warnings.warn(f"the environments start new episodes: they {state.env.environments}", stacklevel=2)
         venv.seed()
         model._last_obs = None
-    callback._continue(snapshot)
+    callback._continue(state)
     return Resumed(model, max(model._total_timesteps - model.num_timesteps, 0))
 
 
-def _content_of(model: BaseAlgorithm, snapshot: Snapshot, number: int) -> bytes:
+def _content_of(model: BaseAlgorithm, state: CheckpointState, number: int) -> bytes:
     """
     :param model: to be saved
-    :param snapshot: of its training
+    :param state: of its training
     :param number: of the checkpoint in its folder: later ones have higher numbers
     :return: a file of SB3 with one more entry and a trailer
     """
     file = io.BytesIO()
     model.save(file)
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(ENTRY, dumps(snapshot))
+        archive.writestr(ENTRY, dumps(state))
         archive.comment = b"resumable checkpoint %016d %016d " % (number, number) + b"0" * DIGEST_LENGTH
     content = file.getvalue()[:-DIGEST_LENGTH]
     return content + hashlib.sha256(content).hexdigest().encode()
