@@ -1,4 +1,4 @@
-"""Checks of what a user passes in: one error that names the argument, its value and what is allowed."""
+"""Checks of what a user passes in: each error names the argument, its value and what is allowed."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,9 @@ LONGEST_QUOTE = 300
 
 class ArgumentError(ValueError, AssertionError):
     """
-    A wrong argument.
+    An argument that is not allowed.
 
-    A ``ValueError``; also an ``AssertionError``, because that is what SB3 raises for some of the same mistakes and what
-    existing code may catch.
+    Also an ``AssertionError``, because SB3 raises that for some of the same mistakes and existing code may catch it.
     """
 
 
@@ -41,11 +40,11 @@ def require(
 
     :param condition: whether the value is allowed
     :param name: name of the argument, or of an entry of a file
-    :param value: what was passed
-    :param allowed: what may be passed, to complete "must be ..."
+    :param value: value that was passed
+    :param allowed: values that may be passed, as the end of the sentence "must be ..."
     :param error: class of the error
-    :param show: turns the value into a text
-    :raises ArgumentError: if the condition is false; or the other ``error``
+    :param show: function that turns the value into a text
+    :raises ArgumentError: if the condition is false, or ``error`` if that is another class
     """
     if not condition:
         raise error(f"`{quote(name)}` must be {allowed}, got {show(value)}")
@@ -53,10 +52,12 @@ def require(
 
 def require_integer(name: str, value: Any, lowest: int) -> None:
     """
-    :param name: of the argument
-    :param value: what was passed; numpy's integers are welcome, booleans are not
-    :param lowest: the smallest allowed number
-    :raises ArgumentError: if the value is not such a number
+    Require an integer of at least some size.
+
+    :param name: name of the argument
+    :param value: value that was passed; numpy's integers are allowed, booleans are not
+    :param lowest: smallest allowed integer
+    :raises ArgumentError: if the value is no integer or too small
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(whole and value >= lowest, name, value, f"an integer of at least {lowest}")
@@ -64,8 +65,10 @@ def require_integer(name: str, value: Any, lowest: int) -> None:
 
 def _fits_float(value: Real) -> bool:
     """
-    :param value: a number
-    :return: whether a float can hold it: an integer may be too large
+    Tell whether a float can hold a number; a Python integer may be too large.
+
+    :param value: any real number
+    :return: whether ``float(value)`` does not overflow
     """
     try:
         float(value)
@@ -76,10 +79,10 @@ def _fits_float(value: Real) -> bool:
 
 def as_number(value: Any) -> Any:
     """
-    Take the number out of a tensor or an array that holds one, as SB3 does by ``float(value)``.
+    Take the number out of a tensor or an array that holds exactly one, as SB3 does by ``float(value)``.
 
-    :param value: anything
-    :return: a Python number; the value itself where it holds none, or several
+    :param value: any object
+    :return: a Python number; the object itself if it does not hold exactly one
     """
     try:
         return value.item()
@@ -99,15 +102,17 @@ def require_number(
     schedule: bool = False,
 ) -> None:
     """
-    :param name: of the argument
-    :param value: what was passed; numpy's numbers are welcome, booleans are not
-    :param lowest: the smallest allowed number
-    :param highest: the largest allowed number
+    Require a real number within limits.
+
+    :param name: name of the argument
+    :param value: value that was passed; numpy's numbers are allowed, booleans are not
+    :param lowest: smallest allowed number
+    :param highest: largest allowed number
     :param open_below: whether ``lowest`` itself is forbidden
     :param infinite: whether infinity is allowed
     :param optional: whether None is allowed
     :param schedule: whether a function of the remaining progress is allowed (it is not called here)
-    :raises ArgumentError: if the value is not such a number
+    :raises ArgumentError: if the value is no number within the limits and none of the allowed alternatives
     """
     if (optional and value is None) or (schedule and callable(value)):
         return
@@ -124,14 +129,16 @@ def require_number(
 
 def schedule_at(name: str, schedule: Callable[[float], Any], progress: float, *, infinite: bool = False) -> float:
     """
-    What a schedule asks for; 0 also where the argument itself must be above it, because there schedules end.
+    Return the value of a schedule and require it to be a number of at least 0.
 
-    :param name: of the argument
-    :param schedule: what was passed
-    :param progress: remaining, from 1 to 0
+    0 is allowed even for arguments that must be positive as constants, because schedules usually end at 0.
+
+    :param name: name of the argument
+    :param schedule: function of the remaining progress that was passed
+    :param progress: remaining progress, from 1 to 0
     :param infinite: whether infinity is allowed
-    :return: a number of at least 0
-    :raises ArgumentError: naming the schedule and the progress, for any other answer
+    :return: the schedule's value
+    :raises ArgumentError: if the value is anything else; names the schedule and the progress
     """
     number = as_number(schedule(progress))
     require_number(f"{name}({progress:g})", number, 0, infinite=infinite)

@@ -1,12 +1,13 @@
 """
-Exact Kullback-Leibler divergence between two action distributions, for each state, in nats.
+Exact Kullback-Leibler divergence between two action distributions, one number per state, in nats.
 
-SB3's own ``kl_divergence`` leaves one column per action dimension for Gaussians and Bernoullis, so that its mean is too
+SB3's own ``kl_divergence`` returns one column per action dimension for Gaussians and Bernoullis, so that its mean is too
 small by the number of dimensions, and is infinite for categoricals whose probability underflows
-(https://github.com/ray-project/ray/issues/21297). Here the divergence of a state is one finite number.
+(https://github.com/ray-project/ray/issues/21297). Here the divergence in a state is one finite number.
 
-A distribution is frozen with :func:`parameters_of`; two frozen ones are compared with :func:`kl_divergence`. For a
-distribution of one's own, :func:`register_divergence` tells both.
+:func:`parameters_of` takes the parameters out of a distribution, :func:`kl_divergence` compares two sets of them, and
+:func:`register_divergence` adds another class of distributions. The article and the paper are named in
+:mod:`sb3_ppo_penalty.objectives`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,27 +26,31 @@ AnyDistribution = TypeVar("AnyDistribution")
 
 
 class UnknownDivergenceError(ValueError):
-    """No closed form of the KL divergence is known for a policy's action distribution."""
+    """The KL divergence of a policy's action distribution is not known in closed form."""
 
 
 def _scale_term(change: th.Tensor) -> th.Tensor:
     """
-    What a change of scale adds to the divergence, ``e + e^2 / 2 - log(1 + e)``: exactly 0 at ``e = 0`` and accurate around it.
+    Return the part of a Gaussian's divergence that is due to its change of scale.
 
-    :param change: e = old scale / new scale - 1
-    :return: in nats, same shape
+    ``e + e^2 / 2 - log(1 + e)``, which is exactly 0 at ``e = 0`` and accurate around it.
+
+    :param change: e = old scale / new scale - 1, any shape
+    :return: part of the divergence, same shape, in nats
     """
     return change + 0.5 * change.square() - th.log1p(change)
 
 
 def kl_diagonal_gaussian(mean: th.Tensor, std: th.Tensor, new_mean: th.Tensor, new_std: th.Tensor) -> th.Tensor:
     """
+    Return the divergence between Gaussians with diagonal covariance.
+
     ``sum_i log(s'_i / s_i) + (s_i^2 + (m_i - m'_i)^2) / (2 s'_i^2) - 1/2``, primes for the new distribution.
 
-    :param mean: old mean, shape (batch, action_dim)
-    :param std: old standard deviation, shape (batch, action_dim)
-    :param new_mean: shape (batch, action_dim)
-    :param new_std: shape (batch, action_dim)
+    :param mean: old means, shape (batch, action_dim)
+    :param std: old standard deviations, shape (batch, action_dim)
+    :param new_mean: new means, shape (batch, action_dim)
+    :param new_std: new standard deviations, shape (batch, action_dim)
     :return: KL(old || new), shape (batch,), in nats
     """
     shift = (mean - new_mean) / new_std
@@ -55,20 +60,21 @@ def kl_diagonal_gaussian(mean: th.Tensor, std: th.Tensor, new_mean: th.Tensor, n
 
 def kl_gaussian(mean: th.Tensor, scale_tril: th.Tensor, new_mean: th.Tensor, new_scale_tril: th.Tensor) -> th.Tensor:
     """
-    ``(tr(S'^-1 S) - d + (m' - m)^T S'^-1 (m' - m) + log(det S' / det S)) / 2`` from the Cholesky factors ``S = L L^T``.
+    Return the divergence between Gaussians with full covariance, from the Cholesky factors ``S = L L^T``.
 
-    Written in ``E = L'^-1 (L - L')``, which is 0 where the covariances agree: no trace is subtracted from a dimension.
+    ``(tr(S'^-1 S) - d + (m' - m)^T S'^-1 (m' - m) + log(det S' / det S)) / 2``, primes for the new distribution. Computed from
+    ``E = L'^-1 (L - L')``, which is 0 for equal covariances, because ``tr(S'^-1 S) - d`` would lose digits.
 
-    :param mean: old mean, shape (batch, action_dim)
+    :param mean: old means, shape (batch, action_dim)
     :param scale_tril: old L, shape (action_dim, action_dim) or (batch, action_dim, action_dim)
-    :param new_mean: shape (batch, action_dim)
-    :param new_scale_tril: shape like ``scale_tril``
+    :param new_mean: new means, shape (batch, action_dim)
+    :param new_scale_tril: new L, shape like ``scale_tril``
     :return: KL(old || new), shape (batch,), in nats
     """
     change: th.Tensor = th.linalg.solve_triangular(new_scale_tril, scale_tril - new_scale_tril, upper=False)
     diagonal = change.diagonal(dim1=-2, dim2=-1)
     spread = (diagonal - th.log1p(diagonal)).sum(dim=-1) + 0.5 * change.square().sum(dim=(-2, -1))
-    # One right-hand side per state against one matrix for all states, or against the state's own
+    # One matrix for all states is solved once, with a right-hand side per state; otherwise each state has a matrix of its own
     difference = (mean - new_mean).mT if new_scale_tril.dim() == 2 else (mean - new_mean).unsqueeze(-1)
     shift: th.Tensor = th.linalg.solve_triangular(new_scale_tril, difference, upper=False)
     return spread + 0.5 * shift.square().sum(dim=-2).reshape(len(mean))
@@ -78,16 +84,16 @@ def kl_fixed_diagonal(
     mean: th.Tensor, std: th.Tensor, whitening: th.Tensor, new_mean: th.Tensor, new_std: th.Tensor, new_whitening: th.Tensor
 ) -> th.Tensor:
     """
-    As :func:`kl_diagonal_gaussian`, where all states share their deviations and the inverses are known.
+    Return :func:`kl_diagonal_gaussian` for standard deviations that all states share, from known inverses.
 
-    While the covariance stays (the very same tensor) only ``sum_i ((m_i - m'_i) / s_i)^2 / 2`` is worked out.
+    If the covariance did not change (both are the same tensor), only ``sum_i ((m_i - m'_i) / s_i)^2 / 2`` is computed.
 
-    :param mean: old mean, shape (batch, action_dim)
+    :param mean: old means, shape (batch, action_dim)
     :param std: old standard deviations, shape (action_dim,)
-    :param whitening: ``1 / std``
-    :param new_mean: shape (batch, action_dim)
-    :param new_std: shape (action_dim,)
-    :param new_whitening: ``1 / new_std``
+    :param whitening: ``1 / std``, shape (action_dim,)
+    :param new_mean: new means, shape (batch, action_dim)
+    :param new_std: new standard deviations, shape (action_dim,)
+    :param new_whitening: ``1 / new_std``, shape (action_dim,)
     :return: KL(old || new), shape (batch,), in nats
     """
     shift = 0.5 * ((mean - new_mean) * new_whitening).square().sum(dim=-1)
@@ -103,16 +109,16 @@ def kl_fixed_full(
     new_whitening: th.Tensor,
 ) -> th.Tensor:
     """
-    As :func:`kl_gaussian`, where all states share one matrix and the inverse of its factor is known.
+    Return :func:`kl_gaussian` for a covariance that all states share, from known inverses.
 
-    While the covariance stays (the very same tensor) only ``|L^-1 (m - m')|^2 / 2`` is worked out.
+    If the covariance did not change (both are the same tensor), only ``|L^-1 (m - m')|^2 / 2`` is computed.
 
-    :param mean: old mean, shape (batch, action_dim)
+    :param mean: old means, shape (batch, action_dim)
     :param factor: old lower Cholesky factor L, shape (action_dim, action_dim)
-    :param whitening: inverse of ``factor``
-    :param new_mean: shape (batch, action_dim)
-    :param new_factor: shape (action_dim, action_dim)
-    :param new_whitening: inverse of ``new_factor``
+    :param whitening: inverse of ``factor``, shape (action_dim, action_dim)
+    :param new_mean: new means, shape (batch, action_dim)
+    :param new_factor: new lower Cholesky factor, shape (action_dim, action_dim)
+    :param new_whitening: inverse of ``new_factor``, shape (action_dim, action_dim)
     :return: KL(old || new), shape (batch,), in nats
     """
     shift = 0.5 * ((mean - new_mean) @ new_whitening.mT).square().sum(dim=-1)
@@ -125,11 +131,12 @@ def kl_fixed_full(
 
 def kl_categorical(*logits: th.Tensor) -> th.Tensor:
     """
-    ``sum_i sum_a p_i(a) (log p_i(a) - log p'_i(a))`` over independent categorical actions i, from log-softmax.
+    Return the divergence between independent categorical distributions, one per action dimension.
 
-    An action that the old policy never takes adds nothing, even where its log-probability is minus infinity.
+    ``sum_i sum_a p_i(a) (log p_i(a) - log p'_i(a))``, from log-softmax. An action that the old policy never takes adds 0, even
+    if its log-probability is minus infinity.
 
-    :param logits: the old logits of every action dimension, then the new ones; shapes (batch, number of choices)
+    :param logits: old logits of every action dimension, then the new ones; shapes (batch, number of choices)
     :return: KL(old || new), shape (batch,), in nats
     """
     count = len(logits) // 2
@@ -137,17 +144,19 @@ def kl_categorical(*logits: th.Tensor) -> th.Tensor:
     for old, new in zip(logits[:count], logits[count:], strict=True):
         log_p, new_log_p = th.log_softmax(old, dim=-1), th.log_softmax(new, dim=-1)
         p = log_p.exp()
-        # Inside the product: minus infinity minus itself has no gradient that a factor of 0 could take away
+        # The difference of two infinities is replaced before it is multiplied: a factor of 0 would not remove its NaN gradient
         terms.append((p * th.where(p > 0, log_p - new_log_p, 0.0)).sum(dim=-1))
     return th.stack(terms).sum(dim=0)
 
 
 def kl_bernoulli(logits: th.Tensor, new_logits: th.Tensor) -> th.Tensor:
     """
-    ``sum_i p_i log(p_i / p'_i) + (1 - p_i) log((1 - p_i) / (1 - p'_i))`` over independent bits i, from log-sigmoid.
+    Return the divergence between independent Bernoulli distributions, one per bit of the action.
 
-    :param logits: old, shape (batch, bits)
-    :param new_logits: shape (batch, bits)
+    ``sum_i p_i log(p_i / p'_i) + (1 - p_i) log((1 - p_i) / (1 - p'_i))``, from log-sigmoid.
+
+    :param logits: old logits, shape (batch, bits)
+    :param new_logits: new logits, shape (batch, bits)
     :return: KL(old || new), shape (batch,), in nats
     """
     one = th.sigmoid(logits) * (logsigmoid(logits) - logsigmoid(new_logits))
@@ -157,11 +166,11 @@ def kl_bernoulli(logits: th.Tensor, new_logits: th.Tensor) -> th.Tensor:
 
 class ActionParameters(NamedTuple):
     """
-    What defines the action distribution in a batch of states: tensors only, no reference to the policy.
+    Parameters of the action distributions in a batch of states: tensors only, no reference to the policy.
 
-    :param divergence: the function above that compares two of a kind
-    :param per_state: tensors of shape (batch, ...)
-    :param shared: tensors that are the same in every state
+    :param divergence: function that takes the tensors of two such sets and returns their divergence, shape (batch,), in nats
+    :param per_state: tensors with a row for each state, shape (batch, ...)
+    :param shared: tensors that all states share
     """
 
     divergence: Callable[..., th.Tensor]
@@ -172,16 +181,16 @@ class ActionParameters(NamedTuple):
 @singledispatch
 def parameters_of(distribution: Distribution) -> ActionParameters:
     """
-    The parameters that SB3's mutable distribution object holds right now, with their gradient.
+    Take the parameters out of SB3's distribution object, which its next use overwrites; gradients flow through them.
 
-    gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence. For a
-    distribution class of one's own see :func:`register_divergence`.
+    gSDE and squashed policies are compared before the squashing: a bijection does not change the divergence. Other classes
+    are added by :func:`register_divergence`.
 
-    :param distribution: what ``policy.get_distribution(obs)`` returned
-    :return: the parameters in each state of the batch
+    :param distribution: result of ``policy.get_distribution(obs)``
+    :return: parameters of the distributions in the batch of states
     :raises UnknownDivergenceError: for a distribution whose divergence is not known in closed form
     """
-    inner = getattr(distribution, "distribution", None)  # sb3-contrib's masked ones keep their parts elsewhere
+    inner = getattr(distribution, "distribution", None)  # sb3-contrib's masked distributions have another attribute
     parts = inner if isinstance(inner, Sequence) else [inner]
     choices = tuple(part.logits for part in parts if isinstance(part, Categorical))
     if len(choices) == len(parts):
@@ -189,7 +198,7 @@ def parameters_of(distribution: Distribution) -> ActionParameters:
     if isinstance(inner, Normal):
         return ActionParameters(kl_diagonal_gaussian, (inner.loc, inner.scale))
     if isinstance(inner, MultivariateNormal):
-        # As torch's own divergence does: `scale_tril` would repeat one matrix for every state
+        # The public `scale_tril` repeats a shared matrix for every state; torch's own divergence reads this one too
         factor = inner._unbroadcasted_scale_tril
         shared = factor.dim() == 2
         return ActionParameters(kl_gaussian, (inner.loc,) if shared else (inner.loc, factor), (factor,) if shared else ())
@@ -207,10 +216,10 @@ def register_divergence(
     divergence: Callable[..., th.Tensor],
 ) -> None:
     """
-    Make the exact KL divergence of a distribution class known to ``PPOPenalty``, its guard and the log.
+    Add a class of distributions with its exact KL divergence, for ``PPOPenalty``, its guard and the log.
 
-    To be called once, best beside the class's definition, before a model with such a policy is made or loaded. Subclasses
-    are covered too, and a later call replaces an earlier one. For a policy of Beta distributions::
+    Call it once, best beside the definition of the class, before a model with such a policy is made or loaded. It covers
+    subclasses too, and a later call replaces an earlier one. For a policy of Beta distributions::
 
         register_divergence(
             BetaDistribution,
@@ -218,37 +227,41 @@ def register_divergence(
             lambda a, b, new_a, new_b: kl.kl_divergence(Beta(a, b), Beta(new_a, new_b)).sum(dim=-1),
         )
 
-    :param distribution_class: of what the policy's ``_get_action_dist_from_latent`` and ``get_distribution`` return
-    :param parameters: takes such a distribution and returns the tensors that define it, with their gradient, each of shape
-        (batch, ...)
-    :param divergence: takes the old distribution's tensors, then the new one's, and returns KL(old || new), shape (batch,),
-        in nats, summed over the action's dimensions. Differentiable; asked for a distribution and itself it is 0
+    :param distribution_class: class of the distributions that the policy's ``_get_action_dist_from_latent`` and
+        ``get_distribution`` return
+    :param parameters: function that takes such a distribution and returns its parameters, not detached, each a tensor of
+        shape (batch, ...)
+    :param divergence: function that takes the old distribution's parameters, then the new one's, and returns
+        KL(old || new), shape (batch,), in nats, summed over action dimensions; differentiable, and 0 for equal distributions
     :return: nothing
-    :raises ArgumentError: naming the argument, if the first is no class or one of the others cannot be called
+    :raises ArgumentError: if the first is no class or one of the others is no function; names the argument
     """
     require(isinstance(distribution_class, type), "distribution_class", distribution_class, "a class")
     require(callable(parameters), "parameters", parameters, "a function")
     require(callable(divergence), "divergence", divergence, "a function")
 
-    def frozen(distribution: AnyDistribution) -> ActionParameters:
+    def read(distribution: AnyDistribution) -> ActionParameters:
+        """Read the parameters and check that they have a row for each state."""
         tensors = tuple(parameters(distribution))
         rows = {len(tensor) for tensor in tensors}
         if len(rows) != 1:
             raise ValueError(f"`parameters` must return tensors with a row for each state, got {[*rows]} rows")
         return ActionParameters(divergence, tensors)
 
-    parameters_of.register(distribution_class, frozen)
+    parameters_of.register(distribution_class, read)
 
 
 def collect_rows(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Tensor, ...]:
     """
-    Join what is worked out batch by batch, each batch put in its place at once: small results that were kept from between
-    the large tensors of the passes would hold memory together that the allocator could give back.
+    Join tensors that are computed batch by batch into detached tensors of all rows.
 
-    :param parts: of each batch the same kinds of tensors, of shape (batch, ...)
-    :param rows: of all batches together
-    :return: one tensor of each kind, of shape (rows, ...), that no gradient reaches
-    :raises ValueError: if the batches have another number of rows, or differ in what they hold
+    Each batch is copied into place at once. Kept until the end, the small results would lie between the large temporary
+    tensors of the passes and fragment the allocator's memory.
+
+    :param parts: for each batch the same number of tensors, of shape (batch, ...)
+    :param rows: number of rows in all batches together
+    :return: the joined tensors, of shape (rows, ...)
+    :raises ValueError: if the batches have another number of rows, or different numbers of tensors
     """
     columns: tuple[th.Tensor, ...] = ()
     start = 0
@@ -267,11 +280,11 @@ def collect_rows(parts: Iterable[Sequence[th.Tensor]], rows: int) -> tuple[th.Te
 
 def concatenate(parts: Iterable[ActionParameters], rows: int) -> ActionParameters:
     """
-    Join the parameters of several batches of states of one policy, as a copy that no gradient reaches.
+    Join the parameters of one policy's distributions in several batches of states, as a detached copy.
 
-    :param parts: at least one batch
-    :param rows: number of states in all batches
-    :return: detached parameters of all states in order; shared ones that do not learn are kept as they are
+    :param parts: parameters of at least one batch
+    :param rows: number of states in all batches together
+    :return: parameters of all states, in order; shared tensors that do not learn are not copied
     :raises ValueError: if the batches have another number of states, or are of different kinds
     """
     batches = iter(parts)
@@ -283,21 +296,25 @@ def concatenate(parts: Iterable[ActionParameters], rows: int) -> ActionParameter
 
 def _name(divergence: Callable[..., Any]) -> str:
     """
-    :param divergence: compares two distributions of a kind
-    :return: what that kind is called
+    Return the name of a kind of distributions, for error messages.
+
+    :param divergence: function that compares two distributions of the kind
+    :return: name without the prefix ``kl_``
     """
-    # An instance and a partial have no name of their own
+    # Instances of classes and partials have no `__name__`
     name: str = getattr(divergence, "__name__", type(divergence).__name__)
     return name.removeprefix("kl_")
 
 
 def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     """
-    KL(old || new) in every state, summed over action dimensions (the paper, equation 8; the document's section 4.2).
+    Return KL(old || new) in each state, summed over action dimensions.
 
-    :param old: the policy that acted
-    :param new: the policy being trained, in the same states
-    :return: shape (batch,), in nats
+    Source: the article, section 4.2; the paper, equation 8.
+
+    :param old: action distributions of the policy that acted
+    :param new: action distributions of the policy being trained, in the same states
+    :return: divergence in each state, shape (batch,), in nats
     :raises ValueError: if the two are not of the same kind
     """
     kinds = [(_name(part.divergence), len(part.per_state) + len(part.shared)) for part in (old, new)]
@@ -306,7 +323,7 @@ def kl_divergence(old: ActionParameters, new: ActionParameters) -> th.Tensor:
     return old.divergence(*old.per_state, *old.shared, *new.per_state, *new.shared)
 
 
-#: Which divergence a direction stands for
+#: Names of the directions, and the divergence of each
 DIRECTIONS: dict[str, Callable[[ActionParameters, ActionParameters], th.Tensor]] = {
     "old_new": kl_divergence,
     "new_old": lambda old, new: kl_divergence(new, old),
@@ -316,17 +333,17 @@ DIRECTIONS: dict[str, Callable[[ActionParameters, ActionParameters], th.Tensor]]
 
 def directed_divergence(old: ActionParameters, new: ActionParameters, direction: str) -> th.Tensor:
     """
-    The divergence in every state, one way, the other way, or both.
+    Return KL(old || new), KL(new || old) or their mean in each state.
 
-    ``"old_new"`` is KL(old || new), the document's and the paper's: it is large where the new policy no longer does what the
-    old one did. ``"new_old"`` is KL(new || old): it is large where the new policy does what the old one hardly ever did
-    (modular_rl's ``reverse_kl``; mirror descent, https://arxiv.org/abs/2005.09814). ``"symmetric"`` is the mean of the two,
-    half of Jeffreys' divergence (their sum): for small steps all three agree, and a coefficient or a target means the same.
+    ``"old_new"`` is KL(old || new), the article's and the paper's: large if the new policy no longer does what the old one
+    did. ``"new_old"`` is KL(new || old): large if the new policy does what the old one hardly ever did (modular_rl's
+    ``reverse_kl``; mirror descent, https://arxiv.org/abs/2005.09814). ``"symmetric"`` is their mean (Jeffreys' divergence is
+    their sum), so that for small steps all three agree and one coefficient or target suits them all.
 
-    :param old: the policy that acted
-    :param new: the policy being trained, in the same states
-    :param direction: a name of :data:`DIRECTIONS`
-    :return: shape (batch,), in nats
+    :param old: action distributions of the policy that acted
+    :param new: action distributions of the policy being trained, in the same states
+    :param direction: name in :data:`DIRECTIONS`
+    :return: divergence in each state, shape (batch,), in nats
     :raises ValueError: if the two are not of the same kind
     """
     return DIRECTIONS[direction](old, new)

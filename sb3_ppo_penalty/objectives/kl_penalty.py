@@ -1,4 +1,4 @@
-"""The shape of the penalty: which divergence, how it is charged, and how far single ratios count."""
+"""Form of the KL penalty: which divergence is charged in which states, and how large ratios are truncated."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -14,25 +14,25 @@ from sb3_ppo_penalty.objectives.divergence import DIRECTIONS, ActionParameters, 
 @dataclass(frozen=True)
 class KLPenalty:
     """
-    What is taken from the surrogate: ``kl_coef * mean(KL) + cutoff_coef * cutoff(KL)``, and of which ratios it is made.
+    Form of the penalty that is subtracted from the surrogate: ``kl_coef * mean(KL) + cutoff_coef * cutoff(KL)``.
 
-    The fields are static; everything else may be a tensor, and nothing here looks at its value.
+    The methods take tensors and never branch on their values, so that one compiled graph serves all coefficients.
 
-    :param direction: of the divergence in the objective, :func:`~.directed_divergence`:
-        ``"old_new"`` (the document's and the paper's), ``"new_old"`` or ``"symmetric"``. The logged divergence, which the
-        controller follows, is KL(old || new) in any case
-    :param cutoff_coef: of the quadratic cutoff beyond twice the target, :func:`~.quadratic_cutoff`, in
-        the unit of the advantages per squared nat. 0: none; modular_rl has 1000
-    :param per_state: whether the cutoff holds every state by itself, or the minibatch's mean (modular_rl)
-    :param sampled: charge :func:`~.squared_ratio_deviation` of the action taken in each state instead
-        of the exact divergence, which it equals to second order in expectation. Being quadratic in the ratio it holds every
-        single sample, where the exact divergence lets an unusual action run away
-    :param advantage_weighted: charge each state in proportion to the size of its advantage, ``|A|``, so that the penalty is
-        as strong as what pulls there. With ``sampled`` and a constant coefficient this is Simple Policy Optimization (Xie et
+    :param direction: direction of the penalised divergence, see :func:`~.directed_divergence`: ``"old_new"`` (the article's
+        and the paper's), ``"new_old"`` or ``"symmetric"``. The logged divergence, which the controller follows, is always
+        KL(old || new)
+    :param cutoff_coef: coefficient of the quadratic penalty beyond twice the target, :func:`~.quadratic_cutoff`, in the unit
+        of the advantages per squared nat; 0 for none. modular_rl has 1000
+    :param per_state: whether the cutoff applies to each state separately, instead of to the minibatch's mean (modular_rl)
+    :param sampled: penalise :func:`~.squared_ratio_deviation` of the action taken in each state instead of the exact
+        divergence, which it equals to second order in expectation. Quadratic in the ratio, it limits the ratio of every
+        sample; under the exact divergence the ratio of a rare action can grow without limit
+    :param advantage_weighted: multiply the divergence of each state by the size of its advantage, ``|A|``, so that penalty and
+        surrogate stay in proportion. With ``sampled`` and a constant coefficient this is Simple Policy Optimization (Xie et
         al. 2024, https://arxiv.org/abs/2401.16025)
-    :param max_ratio: where single importance ratios are truncated, :func:`~.truncate_ratio`; None:
-        nowhere. It also bounds what ``clip_range`` leaves open
-    :raises ValueError: naming the field
+    :param max_ratio: largest importance ratio in the surrogate, see :func:`~.truncate_ratio`; None for no limit. It also
+        limits the ratios that ``clip_range`` does not, those of negative advantages
+    :raises ValueError: for a field that is not allowed; names it
     """
 
     direction: str = "old_new"
@@ -57,10 +57,10 @@ class KLPenalty:
     @classmethod
     def of(cls, choice: Any) -> "KLPenalty":
         """
-        The shape that was asked for.
+        Make the penalty that the argument ``kl_penalty`` describes.
 
-        :param choice: a :class:`KLPenalty`, the name of a direction, or a mapping of its fields, as a YAML file has it
-        :raises ValueError: naming ``kl_penalty`` or the field
+        :param choice: a :class:`KLPenalty`, the name of a direction, or a mapping of fields, as written in a YAML file
+        :raises ValueError: for anything else; names ``kl_penalty`` or the field
         """
         if isinstance(choice, cls):
             return choice
@@ -73,9 +73,11 @@ class KLPenalty:
 
     def truncate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
         """
-        :param ratio: importance ratio, shape (batch,)
-        :param advantages: shape (batch,)
-        :return: what stands for the ratio in the surrogate, shape (batch,)
+        Truncate the ratios of the surrogate if there is a ``max_ratio``.
+
+        :param ratio: importance ratios, shape (batch,)
+        :param advantages: advantages of the minibatch, shape (batch,)
+        :return: truncated ratios, shape (batch,)
         """
         return ratio if self.max_ratio is None else losses.truncate_ratio(ratio, advantages, self.max_ratio)
 
@@ -83,13 +85,13 @@ class KLPenalty:
         self, ratio: th.Tensor, advantages: th.Tensor, old: ActionParameters, new: Callable[[], ActionParameters]
     ) -> th.Tensor:
         """
-        What the coefficient multiplies in each state, before the mean is taken.
+        Return the divergence that is penalised in each state, before the mean and the coefficient.
 
-        :param ratio: importance ratio, not truncated, shape (batch,)
-        :param advantages: shape (batch,)
-        :param old: the policy that acted
-        :param new: gives the policy being trained, in the same states; not asked where the charge is sampled
-        :return: shape (batch,), in nats, times the unit of the advantages where they weigh it
+        :param ratio: importance ratios, not truncated, shape (batch,)
+        :param advantages: advantages of the minibatch, shape (batch,)
+        :param old: action distributions of the policy that acted
+        :param new: function that returns those of the policy being trained, in the same states; not called with ``sampled``
+        :return: divergence in each state, shape (batch,), in nats; with ``advantage_weighted`` times the advantages' unit
         """
         kl = losses.squared_ratio_deviation(ratio) if self.sampled else directed_divergence(old, new(), self.direction)
         return advantages.abs() * kl if self.advantage_weighted else kl
@@ -98,11 +100,13 @@ class KLPenalty:
         self, objective: th.Tensor, kl: th.Tensor, kl_coef: float | th.Tensor, target_kl: float | th.Tensor
     ) -> th.Tensor:
         """
-        :param objective: the surrogate, a scalar
-        :param kl: :meth:`charge`, shape (batch,), in nats
+        Subtract the penalty and the cutoff from the surrogate.
+
+        :param objective: surrogate, scalar
+        :param kl: result of :meth:`charge`, shape (batch,), in nats
         :param kl_coef: beta, in the unit of the objective per nat
-        :param target_kl: the divergence aimed at, in nats
-        :return: what the policy maximises, a scalar
+        :param target_kl: divergence aimed at, in nats
+        :return: objective that the policy maximises, scalar
         """
         penalized = losses.penalized_surrogate(objective, kl, kl_coef)
         if self.cutoff_coef:

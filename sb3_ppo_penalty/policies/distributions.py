@@ -1,4 +1,8 @@
-"""The Gaussian whose covariance does not learn: isotropic, diagonal or full."""
+"""
+Gaussian action distribution whose covariance is not learned: isotropic, diagonal or full.
+
+The article is named in :mod:`sb3_ppo_penalty.objectives`.
+"""
 
 import math
 from typing import Any, NamedTuple, TypeVar
@@ -13,19 +17,19 @@ from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_fixed_dia
 
 SelfFixedGaussian = TypeVar("SelfFixedGaussian", bound="FixedGaussianDistribution")
 
-#: The document's covariance, section 5: 0.5 times the identity
+#: Variance of every action dimension in the article, section 5, in the squared unit of the action
 DEFAULT_VARIANCE = 0.5
 
 
 def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
     """
-    Check a covariance and bring it into one of two shapes.
+    Check a covariance and return it as one variance per action dimension or as a matrix.
 
     :param covariance: one variance for all action dimensions, one variance per dimension, or a full symmetric
         positive-definite matrix; in the squared unit of the action
     :param action_dim: number of action dimensions
     :return: variances, shape (action_dim,), or the matrix, shape (action_dim, action_dim); float64
-    :raises ValueError: says what is wrong: shape, sign, symmetry, definiteness, a value that is not finite
+    :raises ValueError: for a wrong shape, a value that is not finite or not positive, an asymmetric or indefinite matrix
     """
     try:
         values = np.array(covariance.tolist() if isinstance(covariance, th.Tensor) else covariance)
@@ -34,7 +38,7 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
     if values.dtype.kind not in "iuf":
         raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}")
     with np.errstate(over="ignore"):
-        values = values.astype(np.float32).astype(np.float64)  # checked as the policy will hold them
+        values = values.astype(np.float32).astype(np.float64)  # the policy holds float32
     if values.ndim == 0:
         values = np.full(action_dim, values)
     if values.shape not in ((action_dim,), (action_dim, action_dim)):
@@ -53,11 +57,13 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
 
 def _check_matrix(values: np.ndarray[Any, Any]) -> None:
     """
-    :param values: a finite square matrix
-    :raises ValueError: if it is not symmetric, or not positive definite beyond rounding errors
+    Require a covariance matrix to be symmetric and positive definite, up to rounding errors.
+
+    :param values: finite square matrix
+    :raises ValueError: if it is not
     """
     deviations = np.sqrt(np.abs(values.diagonal()))
-    # R D R^T leaves unequal rounding errors where 0 is meant: small beside the variances, not beside each other
+    # A product R D R^T has asymmetric rounding errors in place of zeros: small compared to the variances, not to each other
     if (np.abs(values - values.T) > 1e-6 * np.outer(deviations, deviations)).any():
         raise ValueError(f"`covariance` must be symmetric, got {values.tolist()}")
     eigenvalues = np.linalg.eigvalsh(values)
@@ -67,7 +73,7 @@ def _check_matrix(values: np.ndarray[Any, Any]) -> None:
 
 class GaussianConstants(NamedTuple):
     """
-    What follows from the covariance alone, worked out once instead of at every call.
+    Constants of a Gaussian that depend on the covariance alone, computed once instead of at every call.
 
     :param scale: standard deviations, shape (action_dim,), or the lower Cholesky factor, shape (action_dim, action_dim)
     :param whitening: inverse of ``scale`` (of each number, or of the matrix), same shape
@@ -83,8 +89,10 @@ class GaussianConstants(NamedTuple):
     @classmethod
     def of(cls, covariance: th.Tensor) -> "GaussianConstants":
         """
+        Compute the constants in float64 and return them in the covariance's type.
+
         :param covariance: variances, shape (action_dim,), or the matrix, shape (action_dim, action_dim)
-        :return: computed in float64 and returned in the covariance's type
+        :return: constants on the covariance's device
         """
         exact = covariance.double().cpu()
         if exact.dim() == 1:
@@ -101,9 +109,9 @@ class GaussianConstants(NamedTuple):
 
 class FixedGaussianDistribution(DiagGaussianDistribution):
     """
-    ``MultivariateNormal(mean, S)`` with an S that no gradient reaches (the document, section 5: S = 0.5 I).
+    Gaussian ``N(mean, S)`` with a covariance S that is not learned (the article, section 5, has ``S = 0.5 I``).
 
-    It stands where SB3 puts its ``DiagGaussianDistribution`` and draws the same random numbers in the same order.
+    It replaces SB3's ``DiagGaussianDistribution`` and draws the same random numbers in the same order.
 
     :param action_dim: number of action dimensions
     """
@@ -115,9 +123,11 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, Any]:
         """
-        :param latent_dim: width of the policy's last layer
-        :param log_std_init: not used, the covariance comes with every call
-        :return: the layer that gives the mean, and None where SB3's Gaussian has its learned ``log_std``
+        Make the layer that outputs the mean.
+
+        :param latent_dim: width of the policy's last hidden layer
+        :param log_std_init: ignored, the covariance is an argument of :meth:`proba_distribution`
+        :return: the layer, and None in place of SB3's learned ``log_std``
         """
         return nn.Linear(latent_dim, self.action_dim), None
 
@@ -125,8 +135,10 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
         self: SelfFixedGaussian, mean_actions: th.Tensor, constants: GaussianConstants
     ) -> SelfFixedGaussian:
         """
-        :param mean_actions: shape (batch, action_dim)
-        :param constants: of the covariance
+        Set the parameters of the distribution.
+
+        :param mean_actions: means of the actions, shape (batch, action_dim)
+        :param constants: constants of the covariance
         :return: self
         """
         self._mean, self.constants = mean_actions, constants
@@ -134,7 +146,7 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     @property
     def distribution(self) -> Normal | MultivariateNormal:  # type: ignore[override]
-        """The same distribution as torch has it, for code (TRPO's divergence) that asks for that."""
+        """Same distribution as an object of torch, which sb3-contrib's TRPO asks for."""
         scale = self.constants.scale
         if scale.dim() == 1:
             return Normal(self._mean, scale, validate_args=False)
@@ -142,10 +154,10 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """
-        ``-|L^-1 (a - mean)|^2 / 2 - log_normalizer`` with ``L L^T = S``.
+        Return the log-density of actions: ``-|L^-1 (a - mean)|^2 / 2 - log_normalizer`` with ``L L^T = S``.
 
-        :param actions: shape (batch, action_dim)
-        :return: log-density, shape (batch,)
+        :param actions: actions, one per mean, shape (batch, action_dim)
+        :return: log-densities, shape (batch,)
         """
         difference, whitening = actions - self._mean, self.constants.whitening
         white = difference * whitening if whitening.dim() == 1 else difference @ whitening.mT
@@ -153,20 +165,24 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     def entropy(self) -> th.Tensor:
         """
-        :return: the same number for every state, shape (batch,), in nats
+        Return the entropy in each state, which depends on the covariance alone.
+
+        :return: the same entropy for all states, shape (batch,), in nats
         """
         return self.constants.entropy.expand(len(self._mean))
 
     def sample(self) -> th.Tensor:
         """
-        :return: mean + L noise, shape (batch, action_dim), differentiable in the mean
+        Draw an action for each state, differentiable in the mean.
+
+        :return: ``mean + L noise``, shape (batch, action_dim)
         :raises ValueError: if a mean is not finite, as torch's own Normal does
         """
         return self._mean + self._scale_noise(self._noise())
 
     def sample_with_log_prob(self) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw as :meth:`sample` does; the density follows from the noise, ``-|noise|^2 / 2 - log_normalizer``.
+        Draw actions and return their log-densities from the same noise: ``-|noise|^2 / 2 - log_normalizer``.
 
         :return: actions, shape (batch, action_dim), and their log-densities, shape (batch,)
         :raises ValueError: if a mean is not finite
@@ -176,29 +192,35 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     def get_actions(self, deterministic: bool = False) -> th.Tensor:
         """
-        What the policy does, as :meth:`mode` or :meth:`sample` has it.
+        Return the mean or draw an action in each state.
 
-        :param deterministic: whether to take the mean
-        :return: shape (batch, action_dim)
+        :param deterministic: whether to return the mean
+        :return: actions, shape (batch, action_dim)
         :raises ValueError: if a mean is not finite
         """
         if deterministic:
-            # `mode` does not ask: the divergence takes the mean from there, also within a compiled graph
+            # Not in `mode`, which the divergence reads after every evaluation: the check would make the device wait
             self._require_finite_mean()
         actions: th.Tensor = super().get_actions(deterministic)
         return actions
 
     def _require_finite_mean(self) -> None:
-        """:raises ValueError: if a mean is not finite; nobody asks in a graph, which cannot branch on a value."""
+        """
+        Require all means to be finite, except in a compiled graph, which cannot branch on a value.
+
+        :raises ValueError: if a mean is not finite
+        """
         if th.compiler.is_compiling():
             return
-        # A sum is the cheaper question; only where it overflows without an infinite mean is its answer wrong
+        # The sum is cheaper to look at; it can overflow although all means are finite, so each is looked at then
         if not math.isfinite(self._mean.sum().item()) and not th.isfinite(self._mean).all():
             raise ValueError(f"the policy's mean action is not finite: {self._mean}")
 
     def _noise(self) -> th.Tensor:
         """
-        :return: standard normal numbers, shape (batch, action_dim)
+        Draw standard normal noise for each state.
+
+        :return: noise, shape (batch, action_dim)
         :raises ValueError: if a mean is not finite
         """
         self._require_finite_mean()
@@ -206,21 +228,26 @@ class FixedGaussianDistribution(DiagGaussianDistribution):
 
     def _scale_noise(self, noise: th.Tensor) -> th.Tensor:
         """
-        :param noise: shape (batch, action_dim)
-        :return: L noise, same shape
+        Give standard normal noise the covariance of the distribution.
+
+        :param noise: standard normal noise, shape (batch, action_dim)
+        :return: ``L noise``, same shape
         """
         scale = self.constants.scale
         return noise * scale if scale.dim() == 1 else noise @ scale.mT
 
     def mode(self) -> th.Tensor:
         """
-        :return: the mean, shape (batch, action_dim)
+        Return the most likely action in each state, the mean.
+
+        :return: means, shape (batch, action_dim)
         """
         return self._mean
 
 
 @parameters_of.register
 def _(distribution: FixedGaussianDistribution) -> ActionParameters:
+    """Take the means and the shared covariance out of the distribution."""
     scale, whitening = distribution.constants.scale, distribution.constants.whitening
     return ActionParameters(
         kl_fixed_diagonal if scale.dim() == 1 else kl_fixed_full, (distribution.mode(),), (scale, whitening)

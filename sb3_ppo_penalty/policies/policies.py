@@ -1,4 +1,8 @@
-"""SB3's actor-critic policies with a Gaussian whose covariance does not learn (the document, section 5)."""
+"""
+SB3's actor-critic policies with a Gaussian action distribution whose covariance is not learned (the article, section 5).
+
+The article is named in :mod:`sb3_ppo_penalty.objectives`.
+"""
 
 import inspect
 import warnings
@@ -22,20 +26,20 @@ from sb3_ppo_penalty.policies.distributions import (
     covariance_tensor,
 )
 
-#: What SB3's policies take after the two spaces and the schedule, in SB3's order
+#: Names of SB3's constructor arguments after the two spaces and the schedule, in SB3's order
 SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[4:]
 
-#: What stands in for a policy's `mean_and_value` for a while. Not on the policy, so that no copy and no file of it has it
+#: Functions that replace `mean_and_value` of a policy during a rollout. Not attributes, which copies and files would contain
 FORWARD_OVERRIDES: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
 
 
 def covariance_mismatch(own: Container[str], found: Container[str]) -> str | None:
     """
-    Say why weights do not fit where the covariance of one policy's Gaussian learns and that of the other's is fixed.
+    Explain why weights do not fit a policy if one has a learned covariance and the other a fixed one.
 
     :param own: names in the ``state_dict`` of the policy that is to hold the weights
     :param found: names of the weights
-    :return: what to build the policy with; None if this is not the matter
+    :return: explanation with a remedy, as the end of an error message; None if the covariances are not the reason
     """
     if "covariance" in own and "log_std" in found:
         remedy = "`policy_kwargs=dict(learn_covariance=True)`"
@@ -48,10 +52,10 @@ def covariance_mismatch(own: Container[str], found: Container[str]) -> str | Non
 
 def with_fused_adam(optimizer_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """
-    Choose torch's fused Adam, one kernel for all weights instead of a dozen for each, where nothing else was chosen.
+    Choose torch's fused Adam, one kernel for all weights instead of a dozen for each, unless the user chose another.
 
-    :param optimizer_kwargs: a user's; None for SB3's own, which is an ``eps`` of 1e-5
-    :return: the same with ``fused=True``, unless they choose another implementation, with which torch refuses it
+    :param optimizer_kwargs: user's arguments of Adam; None for SB3's default, an ``eps`` of 1e-5
+    :return: the arguments with ``fused=True``; unchanged if they ask for an implementation that excludes it
     """
     options = {"eps": 1e-5} if optimizer_kwargs is None else optimizer_kwargs
     other = options.get("foreach") is not None or options.get("differentiable", False)
@@ -62,26 +66,26 @@ class FixedCovarianceMixin(ActorCriticPolicy):
     """
     Gives an actor-critic policy of SB3, on Box action spaces, the distribution ``N(mean(s), S)`` with a constant S.
 
-    On other action spaces, and with ``use_sde=True``, the policy is SB3's own, and everywhere its Adam is torch's fused one
-    (``optimizer_kwargs=dict(fused=False)`` is SB3's, to the last bit). The mean is not squashed; SB3 clips actions to
-    the space's bounds before the environment sees them.
+    On other action spaces, and with ``use_sde=True``, the distribution is SB3's. The optimizer is torch's fused Adam in all
+    cases; ``optimizer_kwargs=dict(fused=False)`` gives SB3's results to the last bit. The mean is not squashed; SB3 clips
+    actions to the space's bounds before the environment gets them.
 
-    :param observation_space: as in SB3
-    :param action_space: as in SB3
-    :param lr_schedule: as in SB3
+    :param observation_space: space of the observations
+    :param action_space: space of the actions
+    :param lr_schedule: learning rate as a function of the remaining progress
     :param args: SB3's further arguments, in SB3's order
     :param covariance: S: one variance for all action dimensions, one per dimension, or a symmetric positive-definite
-        matrix of shape (action_dim, action_dim), in the squared unit of the action. Default: 0.5, the document's; or
-        ``exp(2 * log_std_init)`` where SB3's ``log_std_init`` is given instead. A schedule, as ``learning_rate`` may be, is
-        asked before each rollout with the remaining progress, which goes from 1 to 0, and returns any of these: see
+        matrix of shape (action_dim, action_dim), in the squared unit of the action. Default: 0.5, the article's, or
+        ``exp(2 * log_std_init)`` if SB3's ``log_std_init`` is given. Also a schedule, like ``learning_rate``: a function that
+        is called before each rollout with the remaining progress, from 1 to 0, and returns any of these, see
         :meth:`update_covariance`
-    :param learn_covariance: start at ``covariance`` (variances only) and learn SB3's ``log_std`` from there
+    :param learn_covariance: whether to learn the variances (SB3's ``log_std``) from ``covariance`` on, which is no matrix then
     :param kwargs: SB3's further arguments by name
-    :raises ValueError: for a covariance of the wrong shape, not positive definite or not finite, and for one given together
-        with ``use_sde``, ``log_std_init`` or an action space that is not a Box; a schedule is asked for both ends
+    :raises ValueError: for a covariance of the wrong shape, not positive definite or not finite (a schedule is called for both
+        ends), and for one given together with ``use_sde``, ``log_std_init`` or an action space that is not a Box
     """
 
-    #: Each class's name in saved files, which stays: SB3 writes a class's own attributes beside its pickle, but not its name
+    #: Name of the class in saved files; never changes. SB3 writes the attributes of a class beside its pickle, not its name
     saved_as: ClassVar[str]
     covariance: th.Tensor
     _scale: th.Tensor
@@ -99,7 +103,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         learn_covariance: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Named, so that a `log_std_init` in SB3's place is seen
+        # By name from here on, so that a positional `log_std_init` is found
         kwargs.update(zip(SB3_ARGUMENTS, args, strict=False))
         if not isinstance(learn_covariance, bool):
             raise ValueError(f"`learn_covariance` must be True or False, got {learn_covariance!r}")
@@ -126,14 +130,14 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     @property
     def has_fixed_covariance(self) -> bool:
-        """Whether the action distribution is the Gaussian of this module rather than one of SB3's."""
+        """Whether the action distribution is the Gaussian with fixed covariance rather than one of SB3's."""
         return isinstance(self.action_dist, FixedGaussianDistribution)
 
     def _build(self, lr_schedule: Schedule) -> None:
         """
-        Build SB3's networks and optimizer around the distribution asked for.
+        Build SB3's networks and optimizer around the action distribution.
 
-        :param lr_schedule: its value at 1 is the initial learning rate
+        :param lr_schedule: learning rate as a function of the remaining progress; its value at 1 is the initial one
         """
         gaussian = isinstance(self.action_space, spaces.Box) and not self.use_sde
         if not gaussian:
@@ -161,9 +165,11 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def _covariance_at(self, progress_remaining: float) -> th.Tensor:
         """
-        :param progress_remaining: from 1 to 0
-        :return: what was asked for, or the schedule's answer, checked
-        :raises ValueError: if that is no covariance
+        Return the requested covariance, or its schedule's value, after checking it.
+
+        :param progress_remaining: remaining progress, from 1 to 0
+        :return: variances, shape (action_dim,), or the matrix, shape (action_dim, action_dim)
+        :raises ValueError: if it is not a covariance
         """
         requested = DEFAULT_VARIANCE if self._requested_covariance is None else self._requested_covariance
         action_dim = get_action_dim(self.action_space)
@@ -176,8 +182,10 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def _check_covariance_shape(self, covariance: th.Tensor) -> None:
         """
-        :param covariance: of a schedule
-        :raises ValueError: if it is a matrix where its first answer was variances, or the other way round
+        Require a schedule to return variances always, or matrices always.
+
+        :param covariance: value of the schedule
+        :raises ValueError: if it has another shape than the first one
         """
         if covariance.shape != self.covariance.shape:
             shapes = f"{tuple(covariance.shape)} after {tuple(self.covariance.shape)}"
@@ -185,14 +193,14 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def update_covariance(self, progress_remaining: float) -> None:
         """
-        Take the covariance that the schedule has for this moment; where ``covariance`` is no schedule, do nothing.
+        Set the covariance to the schedule's value; does nothing if ``covariance`` is no schedule.
 
-        This package's algorithms call it before each rollout, so that the covariance is the same during the rollout and the
-        update made of it. With another algorithm call it in a callback's ``_on_rollout_start``. What ``policy.save`` keeps is
-        the covariance of the moment; ``model.save`` also keeps the schedule.
+        This package's algorithms call it before each rollout, so that the covariance is the same during a rollout and its
+        update. For other algorithms call it in a callback's ``_on_rollout_start``. ``policy.save`` writes the present
+        covariance; ``model.save`` also writes the schedule.
 
-        :param progress_remaining: from 1 to 0; below it, where SB3's training has overshot ``total_timesteps``, counts as 0
-        :raises ValueError: if the schedule's answer is no covariance
+        :param progress_remaining: remaining progress, from 1 to 0; SB3 goes below 0 at the end, which counts as 0
+        :raises ValueError: if the schedule's value is not a covariance
         """
         if not callable(self._requested_covariance):
             return
@@ -204,7 +212,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        As in SB3; warns if training begins and nobody has told the schedule how far it is.
+        Set training or evaluation mode, and warn if training begins with a schedule that nothing has called.
 
         :param mode: whether the policy is about to be trained
         """
@@ -219,10 +227,10 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         super().set_training_mode(mode)
 
     def _update_constants(self) -> None:
-        """Derive from the covariance what every call needs; what does not change stays the very same tensor."""
+        """Compute the constants of the covariance; the ones that did not change stay the same tensors."""
         constants = {f"_{name}": constant for name, constant in GaussianConstants.of(self.covariance)._asdict().items()}
         variances = self.covariance if self.covariance.dim() == 1 else self.covariance.diagonal()
-        # Of each dimension by itself: SB3 logs the mean of its exponential as train/std
+        # Each dimension's own standard deviation: SB3 logs the mean of its exponential as train/std
         constants["log_std"] = 0.5 * variances.log()
         for name, constant in constants.items():
             known = getattr(self, name, None)
@@ -231,12 +239,12 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """
-        Load weights, as torch does; the error says what to do where only one of two covariances learns.
+        Load weights; the error has a remedy if one covariance is learned and the other fixed.
 
         :param state_dict: tensors by name
-        :param strict: whether the names have to be those of this policy
-        :param assign: whether to keep the tensors given rather than to copy them
-        :return: the names that were missing and those that were not expected
+        :param strict: whether the names must be those of this policy
+        :param assign: whether to keep the passed tensors rather than copy them
+        :return: missing names and unexpected names, as torch returns them
         :raises RuntimeError: if names or shapes do not fit
         """
         mismatch = covariance_mismatch(self.state_dict().keys(), state_dict.keys()) if strict else None
@@ -245,17 +253,17 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Let the constants follow a covariance that was loaded."""
+        """Load the tensors and compute the constants of the loaded covariance."""
         super()._load_from_state_dict(*args, **kwargs)
         if self.has_fixed_covariance:
             self._update_constants()
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        Act, as SB3's policy does, in fewer operations where the covariance is fixed.
+        Return actions, values and log-probabilities as SB3's policy does, in fewer operations if the covariance is fixed.
 
-        :param obs: shape (batch, *obs_shape), or one such tensor per key
-        :param deterministic: whether to take the mean
+        :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
+        :param deterministic: whether to return the mean actions
         :return: actions, shape (batch, *action_shape); values, shape (batch, 1); log-probabilities, shape (batch,)
         """
         if not self.has_fixed_covariance or deterministic:
@@ -269,9 +277,9 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     def mean_and_value(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        All that the networks do to act, where the covariance is fixed.
+        Compute the mean actions and the values, which is all that the networks do in :meth:`forward`.
 
-        :param obs: shape (batch, *obs_shape), or one such tensor per key
+        :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
         :return: mean actions, shape (batch, action_dim), and values, shape (batch, 1)
         """
         features = self.extract_features(obs)
@@ -283,17 +291,24 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         return self.action_net(latent_pi), self.value_net(latent_vf)
 
     def _constants(self) -> GaussianConstants:
-        """:return: of the covariance, where they are now."""
+        """Return the constants of the present covariance."""
         return GaussianConstants(self._scale, self._whitening, self._log_normalizer, self._entropy)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        """
+        Return the action distributions in a batch of states.
+
+        :param latent_pi: output of the policy network's last hidden layer, shape (batch, width)
+        :return: SB3's mutable distribution object
+        """
         if not self.has_fixed_covariance:
             return super()._get_action_dist_from_latent(latent_pi)
         return self.action_dist.proba_distribution(self.action_net(latent_pi), self._constants())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
+        """Return the arguments that build this policy again, for ``policy.save``."""
         data = super()._get_constructor_parameters()
-        # SB3 leaves this one out, and a policy with two extractors comes back with one
+        # SB3 omits this argument, so that a saved policy with two extractors would be loaded with one
         data["share_features_extractor"] = self.share_features_extractor
         if self.has_fixed_covariance or self.learn_covariance:
             del data["log_std_init"]

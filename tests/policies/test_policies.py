@@ -63,7 +63,7 @@ def target_env() -> IdentityEnv:
 # --- what the arguments do
 
 
-def test_the_default_is_the_documents_half():
+def test_the_default_is_the_articles_half():
     policy = make()
     assert policy.covariance.tolist() == [0.5, 0.5, 0.5]
     check_density(policy, 0.5 * np.eye(3))
