@@ -61,7 +61,7 @@ class UnsafeFileError(ValueError):
 check = partial(require, error=UnsafeFileError, show=lambda value: quote(reprlib.repr(value)))
 
 
-class Pickled(dict[str, Any]):
+class PickleDescription(dict[str, Any]):
     """What SB3 writes beside a pickle for people to read; the pickle itself is dropped."""
 
 
@@ -109,12 +109,12 @@ def read_model(path: str | pathlib.Path | io.BufferedIOBase, max_bytes: int) -> 
     """
     file = open_path(path, "r", suffix="zip")
     try:
-        with refusing(str(path)), zipfile.ZipFile(_SmallReads(file)) as archive:
+        with refusing(str(path)), zipfile.ZipFile(_BoundedReader(file)) as archive:
             stored_or_deflated = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-            members = _members(archive, "", MEMBERS, stored_or_deflated, max_bytes)
+            members = _checked_members(archive, "", MEMBERS, stored_or_deflated, max_bytes)
             for name in ("data", "policy.pth", "policy.optimizer.pth"):
                 check(name in members, name, None, "in the file")
-            entries = _parse(_read(archive, members["data"]))
+            entries = _parse_json(_unpacked(archive, members["data"]))
             policy, optimizer = (_tensors(archive, members[name]) for name in ("policy.pth", "policy.optimizer.pth"))
             return SavedModel(entries, policy, optimizer, members["policy.pth"].file_size)
     finally:
@@ -122,7 +122,7 @@ def read_model(path: str | pathlib.Path | io.BufferedIOBase, max_bytes: int) -> 
             file.close()
 
 
-class _SmallReads:
+class _BoundedReader:
     """A file for ``zipfile`` of which little is read at once: a directory of a million entries is not taken in."""
 
     def __init__(self, file: Any) -> None:
@@ -140,7 +140,7 @@ class _SmallReads:
         return data
 
 
-def _members(
+def _checked_members(
     archive: zipfile.ZipFile, where: str, known: re.Pattern[str], methods: set[int], max_bytes: int
 ) -> dict[str, zipfile.ZipInfo]:
     """
@@ -165,7 +165,7 @@ def _members(
     return members
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str = "") -> bytes:
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str = "") -> bytes:
     """
     :param archive: that holds it
     :param info: of a member; ``zipfile`` unpacks no more than the size given there, and compares the checksum
@@ -176,7 +176,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str = "") -> b
         return b"".join(iter(lambda: member.read(LARGEST_READ), b""))
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parse_json(data: bytes) -> dict[str, Any]:
     """
     :param data: JSON
     :return: entries; pickles are dropped while it is parsed
@@ -185,34 +185,34 @@ def _parse(data: bytes) -> dict[str, Any]:
         parts = sum(data.count(mark) for mark in b"[{,")
         # ASCII, as `save` writes it: one character beyond and Python takes four bytes for each
         check(parts <= MOST_JSON_PARTS, "data", parts, f"JSON of at most {MOST_JSON_PARTS} parts")
-        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "parse_constant": _constant}
-        entries = json.loads(data.decode("ascii"), object_pairs_hook=_object, **hooks)
+        hooks: dict[str, Any] = {"parse_int": _json_integer, "parse_float": _json_float, "parse_constant": _json_constant}
+        entries = json.loads(data.decode("ascii"), object_pairs_hook=_json_object, **hooks)
         check(type(entries) is dict, "data", type(entries), "an object of attributes")
         return dict(entries)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entry = dict(pairs)
     if len(entry) < len(pairs):
         name, times = Counter(name for name, _ in pairs).most_common(1)[0]
         check(times == 1, name, f"{times} of them", "in the file once")
     if ":serialized:" in entry:
         del entry[":serialized:"]
-        return Pickled(entry)
+        return PickleDescription(entry)
     return entry
 
 
-def _integer(text: str) -> int:
+def _json_integer(text: str) -> int:
     check(len(text) <= 20 and abs(int(text)) < 2**63, "data", text, "JSON with integers of at most 64 bits")
     return int(text)
 
 
-def _float(text: str) -> float:
+def _json_float(text: str) -> float:
     check(math.isfinite(float(text)), "data", text, "JSON with numbers that a float can hold")
     return float(text)
 
 
-def _constant(text: str) -> float:
+def _json_constant(text: str) -> float:
     # Infinity is a `max_grad_norm`; where it is none, the arguments' own checks refuse it
     check(text != "NaN", "data", text, "JSON with numbers")
     return float(text)
@@ -227,7 +227,7 @@ def _tensors(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     :return: as ``torch.load`` gives it with ``weights_only=True``, on the CPU
     """
     with refusing(info.filename):
-        return th.load(_checked_copy(info.filename, _read(archive, info)), map_location="cpu", weights_only=True)
+        return th.load(_checked_copy(info.filename, _unpacked(archive, info)), map_location="cpu", weights_only=True)
 
 
 def _checked_copy(entry: str, content: bytes) -> io.BytesIO:
@@ -239,20 +239,20 @@ def _checked_copy(entry: str, content: bytes) -> io.BytesIO:
     :return: the pickle, the storages that it refers to, and the order of their bytes
     """
     where, pickle, native, copy = f"{entry}/", "archive/data.pkl", sys.byteorder.encode(), io.BytesIO()
-    with zipfile.ZipFile(_SmallReads(io.BytesIO(content))) as archive, zipfile.ZipFile(copy, "w") as checked:
-        members = _members(archive, where, TORCH_MEMBERS, {zipfile.ZIP_STORED}, len(content))
+    with zipfile.ZipFile(_BoundedReader(io.BytesIO(content))) as archive, zipfile.ZipFile(copy, "w") as checked:
+        members = _checked_members(archive, where, TORCH_MEMBERS, {zipfile.ZIP_STORED}, len(content))
         check(pickle in members, where + pickle, None, "in the file")
         size = members[pickle].file_size
         check(size <= LARGEST_PICKLE, where + pickle, size, f"at most {LARGEST_PICKLE} bytes")
-        _check_pickle(where + pickle, _read(archive, members[pickle], where), members)
+        _check_pickle(where + pickle, _unpacked(archive, members[pickle], where), members)
         order = members.get("archive/byteorder")
-        found = _read(archive, order, where) if order else native
+        found = _unpacked(archive, order, where) if order else native
         check(found == native, f"{where}archive/byteorder", found, f"this machine's, {native!r}")
         checked.writestr("archive/version", "3\n")
         checked.writestr("archive/byteorder", native)
         for name, info in members.items():
             if name == pickle or name.startswith("archive/data/"):
-                checked.writestr(name, _read(archive, info, where))
+                checked.writestr(name, _unpacked(archive, info, where))
     copy.seek(0)
     return copy
 

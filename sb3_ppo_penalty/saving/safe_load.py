@@ -33,7 +33,7 @@ from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies.distributions import covariance_tensor
 from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, covariance_mismatch
 from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
-from sb3_ppo_penalty.saving.safe_archive import Pickled, SavedModel, check, read_model, refusing
+from sb3_ppo_penalty.saving.safe_archive import PickleDescription, SavedModel, check, read_model, refusing
 from sb3_ppo_penalty.updates.guard import Guard
 
 SelfOnPolicy = TypeVar("SelfOnPolicy", bound=OnPolicyAlgorithm)
@@ -135,7 +135,7 @@ def load_safe(
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
     with refusing("data and the arguments passed" if given else "data", Warning):
-        _check_rollout(env, arguments, max_bytes)
+        _check_rollout_size(env, arguments, max_bytes)
         # A policy class may build parts that it then replaces: not more than four times what it keeps
         with _policy_of_at_most(4 * saved.weight_bytes):
             model = cls(env=env, device=device, **arguments)
@@ -195,7 +195,7 @@ def _number(entry: str, value: Any) -> float:
 
 
 def _nothing(entry: str, value: Any) -> None:
-    check(value in ({}, None) and type(value) is not Pickled, entry, value, f"empty, or passed as `{entry}`")
+    check(value in ({}, None) and type(value) is not PickleDescription, entry, value, f"empty, or passed as `{entry}`")
 
 
 def _schedule(entry: str, value: Any) -> Any:
@@ -204,7 +204,7 @@ def _schedule(entry: str, value: Any) -> Any:
     :param value: a number, None, or what SB3 writes beside a pickled schedule
     :return: a number, None, or SB3's linear schedule
     """
-    if type(value) is not Pickled:
+    if type(value) is not PickleDescription:
         return _plain(entry, value)
     kind = value.get(":type:")
     text = str(value.get("value_schedule")) if kind == str(FloatSchedule) else ""
@@ -232,7 +232,7 @@ def _object(entry: str, value: Any) -> Any:
     """
     if value is None:
         return None
-    found = OWN_CLASS.fullmatch(str(value.get(":type:"))) if type(value) is Pickled else None
+    found = OWN_CLASS.fullmatch(str(value.get(":type:"))) if type(value) is PickleDescription else None
     name = EARLIER_NAMES.get(found[1], found[1]) if found else None
     kind = next((each for each in OBJECTS[entry] if each.__name__ == name), None)
     names = ", ".join(each.__name__ for each in OBJECTS[entry])
@@ -263,7 +263,7 @@ def _class_among(classes: Sequence[type], entry: str, value: Any) -> type:
     :param value: its texts
     :return: one of the known ones
     """
-    found = [known for known in classes if type(value) is Pickled and _describes(value, known)]
+    found = [known for known in classes if type(value) is PickleDescription and _describes(value, known)]
     argument = "policy" if entry == "policy_class" else entry
     names = ", ".join(known.__name__ for known in classes)
     shown = (":type:", "saved_as", "__module__", "__init__")
@@ -272,7 +272,7 @@ def _class_among(classes: Sequence[type], entry: str, value: Any) -> type:
     return found[0]
 
 
-def _describes(texts: Pickled, known: type) -> bool:
+def _describes(texts: PickleDescription, known: type) -> bool:
     """
     Tell whether texts from a file are those of a class, wherever its module is now.
 
@@ -341,7 +341,7 @@ def _net_arch(entry: str, value: Any) -> Any:
     return value
 
 
-def _check_rollout(env: VecEnv, arguments: dict[str, Any], max_bytes: int) -> None:
+def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], max_bytes: int) -> None:
     """
     :param env: gives the size of a transition
     :param arguments: give their number
@@ -415,15 +415,15 @@ def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
             covariance_mismatch(policy.state_dict().keys(), saved.policy.keys()) if isinstance(saved.policy, dict) else None
         )
         check(mismatch is None, "policy.pth", "another spread", f"of a policy like this one: {mismatch}")
-        weights = _like("policy.pth", saved.policy, policy.state_dict())
+        weights = _checked_values("policy.pth", saved.policy, policy.state_dict())
         if getattr(policy, "has_fixed_covariance", False):
             covariance_tensor(weights["covariance"], get_action_dim(model.action_space))
         policy.load_state_dict(weights)
     with refusing("policy.optimizer.pth"):
-        policy.optimizer.load_state_dict(_optimizer_state("policy.optimizer.pth", saved.optimizer, policy.optimizer))
+        policy.optimizer.load_state_dict(_checked_optimizer("policy.optimizer.pth", saved.optimizer, policy.optimizer))
 
 
-def _like(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
+def _checked_values(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
     """
     :param entry: name
     :param found: in the file
@@ -434,10 +434,10 @@ def _like(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(found.keys() ^ expected.keys()):
         check(name in found, f"{entry}: {name}", None, "in the file")
         check(name in expected, f"{entry}: {name}", "a value", "left out: the model has none")
-    return {name: _tensor(f"{entry}: {name}", name, found[name], expected[name]) for name in expected}
+    return {name: _checked_value(f"{entry}: {name}", name, found[name], expected[name]) for name in expected}
 
 
-def _tensor(entry: str, name: str, found: Any, expected: Any) -> Any:
+def _checked_value(entry: str, name: str, found: Any, expected: Any) -> Any:
     """
     :param entry: to name
     :param name: of the tensor, or of the number or None that some optimizers keep beside their tensors
@@ -458,7 +458,7 @@ def _tensor(entry: str, name: str, found: Any, expected: Any) -> Any:
     return found.clone() if isinstance(found, th.Tensor) else found
 
 
-def _optimizer_state(entry: str, found: Any, optimizer: th.optim.Optimizer) -> dict[str, Any]:
+def _checked_optimizer(entry: str, found: Any, optimizer: th.optim.Optimizer) -> dict[str, Any]:
     """
     :param entry: name
     :param found: in the file
@@ -466,19 +466,19 @@ def _optimizer_state(entry: str, found: Any, optimizer: th.optim.Optimizer) -> d
     :return: the found moments and learning rate; all else is what the optimizer was made with
     """
     check(isinstance(found, dict) and found.keys() == {"state", "param_groups"}, entry, type(found), "an optimizer's state")
-    expected = _after_a_step(optimizer)
+    expected = _state_after_a_step(optimizer)
     groups, states = found["param_groups"], found["state"]
     alike = type(groups) is list and len(groups) == len(expected["param_groups"])
     check(alike, f"{entry}: param_groups", type(groups), f"a list of {len(expected['param_groups'])}")
     known = isinstance(states, dict) and all(type(key) is int and key in expected["state"] for key in states)
     check(known, f"{entry}: state", type(states), "the moments of the policy's parameters")
     return {
-        "state": {key: _like(f"{entry}: state {key}", states[key], expected["state"][key]) for key in states},
-        "param_groups": [_group(entry, *pair) for pair in zip(groups, expected["param_groups"], strict=True)],
+        "state": {key: _checked_values(f"{entry}: state {key}", states[key], expected["state"][key]) for key in states},
+        "param_groups": [_checked_group(entry, *pair) for pair in zip(groups, expected["param_groups"], strict=True)],
     }
 
 
-def _after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
+def _state_after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
     """
     :param optimizer: not changed
     :return: its state as one step leaves it, taken on copies of the parameters; tensors without values
@@ -496,7 +496,7 @@ def _after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
     return {**found, "state": states}
 
 
-def _group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
+def _checked_group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
     """
     :param entry: name
     :param found: a group of parameters in the file; other versions of torch have fewer settings

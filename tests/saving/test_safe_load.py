@@ -372,7 +372,7 @@ def test_another_environment(file: bytes) -> None:
     ],
 )
 def test_known_classes_are_recognised_by_what_sb3_writes_beside_them(known: type) -> None:
-    texts = json.loads(data_to_json({"it": known}), object_pairs_hook=sb3_ppo_penalty.saving.safe_archive._object)["it"]
+    texts = json.loads(data_to_json({"it": known}), object_pairs_hook=sb3_ppo_penalty.saving.safe_archive._json_object)["it"]
     assert _class_among([*POLICIES, *BUFFERS], "it", texts) is known
 
 
