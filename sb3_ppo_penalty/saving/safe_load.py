@@ -1,4 +1,4 @@
-"""A model from a stranger's file: what the file describes is built from known parts, what it counts is checked."""
+"""Build a model from an untrusted file: parts are recognised by name among known classes, and every value is checked."""
 
 import copy
 import io
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ from sb3_ppo_penalty.saving.safe_archive import PickleDescription, SavedModel, c
 from sb3_ppo_penalty.updates.guard import Guard
 
 SelfOnPolicy = TypeVar("SelfOnPolicy", bound=OnPolicyAlgorithm)
+#: Checks an entry's value, given the entry's name and the value, and returns what the constructor takes for it
+Reader = Callable[[str, Any], Any]
 
 #: 256 MiB: an Atari policy's weights with Adam's moments are 20 MB
 DEFAULT_MAX_BYTES = 2**28
@@ -45,24 +48,30 @@ IGNORED = {
     *("observation_space", "action_space", "n_envs", "_last_obs", "_last_episode_starts", "_last_original_obs"),
     *("lr_schedule", "ep_info_buffer", "ep_success_buffer", "action_noise", "tensorboard_log"),
 }
-#: Arguments that are no part of a file, and those that SB3 keeps under another name
+#: Arguments that are no part of a file
 NOT_SAVED = {"self", "env", "device", "_init_setup_model"}
+#: Arguments that SB3 keeps under another name
 ENTRIES = {"policy": "policy_class", "stats_window_size": "_stats_window_size"}
 POLICIES = [ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy]
 BUFFERS = [RolloutBuffer, DictRolloutBuffer, RewardToGoRolloutBuffer, RewardToGoDictRolloutBuffer]
-#: Objects of plain fields that may be arguments
+#: Arguments that are dataclasses of numbers and texts -> the classes that each may be of
 OBJECTS: dict[str, list[type]] = {
     "kl_controller": [AdaptiveRule, FixedCoefficient, Proportional, DualAscent],
     "kl_penalty": [KLPenalty],
     "guard": [Guard],
 }
-#: Names in files of before, of classes that have another one now
+#: Names in earlier files, of classes that have been renamed since -> their names now
 EARLIER_NAMES = {"DocumentRule": "AdaptiveRule"}
-#: Classes that may stand in `policy_kwargs`, under the text that SB3 writes for each
+#: Items of `policy_kwargs` that are classes -> the classes that each may be, recognised by the text that SB3 writes for it
 KWARGS_CLASSES: dict[str, list[type]] = {
     "activation_fn": [nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU, nn.Softplus, nn.Sigmoid],
     "features_extractor_class": [FlattenExtractor, NatureCNN, CombinedExtractor],
     "optimizer_class": [th.optim.Adam, th.optim.AdamW, th.optim.RMSprop, th.optim.SGD, RMSpropTFLike],
+}
+#: Items of `policy_kwargs` that are True or False
+KWARGS_FLAGS = {
+    *("ortho_init", "full_std", "use_expln", "squash_output", "share_features_extractor", "normalize_images"),
+    "learn_covariance",
 }
 #: Classes of this package in files of before they had a ``saved_as``: module and first words of the docstring -> name
 EARLIER = {
@@ -86,10 +95,6 @@ EARLIER = {
 }
 #: How Python prints an instance's class; the module between package and class may have moved since
 OWN_CLASS = re.compile(r"<class 'sb3_ppo_penalty\.(?:\w+\.)*(\w+)'>")
-KWARGS_FLAGS = {
-    *("ortho_init", "full_std", "use_expln", "squash_output", "share_features_extractor", "normalize_images"),
-    "learn_covariance",
-}
 #: Layers of a network
 MOST_LAYERS = 100
 #: Values that an optimizer takes the root of, or counts with
@@ -112,12 +117,12 @@ def load_safe(
     """
     Load a model without running anything that its file says.
 
-    :param cls: the algorithm
+    :param cls: class of the model
     :param path: as for SB3's ``load``
-    :param env: gives the spaces
+    :param env: environment of the model, which gives the spaces
     :param device: as for SB3's ``load``
     :param max_bytes: what the file may unpack to, and what the rollout buffer that it asks for may take
-    :param given: arguments of the algorithm that replace what the file says
+    :param given: arguments of the constructor that replace what the file says
     :param own_entries: given the file's entries and those that ``given`` replaces, returns those that the algorithm has
     :return: the model
     :raises UnsafeFileError: naming the entry, for anything in the file that is not a checked value
@@ -150,27 +155,24 @@ def load_safe(
 
 def _arguments(cls: type[OnPolicyAlgorithm], entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """
-    :param cls: the algorithm, which knows policies and buffers besides those that are known here
-    :param entries: of the file
-    :param names: of the arguments that come from there
-    :return: arguments of the types that the algorithm checks the ranges of
+    Read the constructor's arguments from a file's entries; types are checked here, ranges by the constructor.
+
+    :param cls: class of the model, which may know further policies and buffers
+    :param entries: attributes in the file, by name
+    :param names: arguments to read
+    :return: those that the file has, by name
     """
-    policies: list[type] = list(dict.fromkeys([*POLICIES, *cls.policy_aliases.values()]))
-    buffers: list[type] = list(dict.fromkeys([*BUFFERS, *getattr(cls, "_rollout_buffer_classes", ())]))
-    readers: dict[str, Callable[[str, Any], Any]] = {
-        "policy": lambda entry, value: _class_among(policies, entry, value),
-        "rollout_buffer_class": lambda entry, value: value and _class_among(buffers, entry, value),
-        "rollout_buffer_kwargs": _nothing,
-        "policy_kwargs": _policy_kwargs,
-        **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "target_kl", "kl_min", "kl_max"), _schedule),
-        **dict.fromkeys(OBJECTS, _object),
-        **dict.fromkeys(("use_sde", "compile"), _flag),
-        "verbose": lambda entry, value: _whole(entry, value, 2),
-        "seed": lambda entry, value: value if value is None else _whole(entry, value, 2**32 - 1),
+    classes = {
+        "policy": [*POLICIES, *cls.policy_aliases.values()],
+        "rollout_buffer_class": [*BUFFERS, *getattr(cls, "_rollout_buffer_classes", ())],
     }
+    readers = READERS | {name: partial(_class_among, list(dict.fromkeys(known))) for name, known in classes.items()}
     check("policy_class" in entries or "policy" not in names, "policy_class", None, "in the file, or passed as `policy`")
     found = {name: ENTRIES.get(name, name) for name in sorted(names) if ENTRIES.get(name, name) in entries}
-    return {name: readers.get(name, _plain)(entry, entries[entry]) for name, entry in found.items()}
+    return {
+        name: None if entries[entry] is None and name in OPTIONAL else readers.get(name, _plain)(entry, entries[entry])
+        for name, entry in found.items()
+    }
 
 
 def _plain(entry: str, value: Any) -> Any:
@@ -199,19 +201,17 @@ def _nothing(entry: str, value: Any) -> None:
 
 
 def _schedule(entry: str, value: Any) -> Any:
-    """
-    :param entry: name
-    :param value: a number, None, or what SB3 writes beside a pickled schedule
-    :return: a number, None, or SB3's linear schedule
-    """
+    """Read a number, None, or a schedule of SB3 from its description; a constant schedule becomes its number."""
     if type(value) is not PickleDescription:
         return _plain(entry, value)
+    limits = ", ".join(f"{name}={value.get(name)}" for name in ("start", "end", "end_fraction"))
+    texts = {
+        str(FloatSchedule): f"{value.get('value_schedule')}",
+        str(ConstantSchedule): f"ConstantSchedule(val={value.get('val')})",
+        str(LinearSchedule): f"LinearSchedule({limits})",
+    }
     kind = value.get(":type:")
-    text = str(value.get("value_schedule")) if kind == str(FloatSchedule) else ""
-    if kind == str(ConstantSchedule):
-        text = f"ConstantSchedule(val={value.get('val')})"
-    if kind == str(LinearSchedule):
-        text = "LinearSchedule(" + ", ".join(f"{name}={value.get(name)}" for name in ("start", "end", "end_fraction")) + ")"
+    text = texts.get(str(kind), "")
     constant, linear = CONSTANT.fullmatch(text), LINEAR.fullmatch(text)
     check(bool(constant or linear), entry, text or kind, f"a number or one of SB3's schedules, or passed as `{entry}`")
     if constant:
@@ -223,34 +223,24 @@ def _schedule(entry: str, value: Any) -> Any:
 
 
 def _object(entry: str, value: Any) -> Any:
-    """
-    Build an object again from its fields.
-
-    :param entry: name
-    :param value: its class and fields as text and numbers, as SB3 writes them beside the pickle
-    :return: an object of one of the classes known for the entry
-    """
-    if value is None:
-        return None
+    """Build a dataclass again from the class and the fields that SB3 writes beside its pickle."""
     found = OWN_CLASS.fullmatch(str(value.get(":type:"))) if type(value) is PickleDescription else None
-    name = EARLIER_NAMES.get(found[1], found[1]) if found else None
-    kind = next((each for each in OBJECTS[entry] if each.__name__ == name), None)
-    names = ", ".join(each.__name__ for each in OBJECTS[entry])
-    check(kind is not None, entry, value, f"one of {names}, or passed as `{entry}`")
-    assert kind is not None
-    own = {field.name: field for field in fields(kind)}
+    kind_name = EARLIER_NAMES.get(found[1], found[1]) if found else ""
+    kinds: dict[str, type] = {kind.__name__: kind for kind in OBJECTS[entry]}
+    check(kind_name in kinds, entry, value, f"one of {', '.join(kinds)}, or passed as `{entry}`")
+    own = {field.name: field for field in fields(kinds[kind_name])}
     unknown = sorted(value.keys() - own.keys() - {":type:"})
-    check(not unknown, entry, unknown, f"a {kind.__name__} with no fields but {sorted(own)}")
-    given = sorted(value.keys() & own.keys())
-    for name in given:
-        if type(value[name]) is not str:
-            _plain(f"{entry}.{name}", value[name])
-    made = kind(**{name: value[name] for name in given if own[name].init})
-    for name in given:
+    check(not unknown, entry, unknown, f"a {kind_name} with no fields but {sorted(own)}")
+    given = {
+        name: value[name] if type(value[name]) is str else _plain(f"{entry}.{name}", value[name])
+        for name in sorted(value.keys() & own.keys())
+    }
+    made = kinds[kind_name](**{name: item for name, item in given.items() if own[name].init})
+    for name, item in given.items():
         if not own[name].init:
-            fresh = getattr(made, name)
-            check(type(value[name]) is type(fresh), f"{entry}.{name}", value[name], f"of the type {type(fresh).__name__}")
-            setattr(made, name, _number(f"{entry}.{name}", value[name]) if type(fresh) is float else value[name])
+            fresh, where = getattr(made, name), f"{entry}.{name}"
+            check(type(item) is type(fresh), where, item, f"of the type {type(fresh).__name__}")
+            setattr(made, name, _number(where, item) if type(fresh) is float else item)
     return made
 
 
@@ -258,10 +248,10 @@ def _class_among(classes: Sequence[type], entry: str, value: Any) -> type:
     """
     Recognise a class by the texts that SB3 writes beside its pickle; nothing is imported.
 
-    :param classes: the known ones
-    :param entry: name
-    :param value: its texts
-    :return: one of the known ones
+    :param classes: the known classes
+    :param entry: name of the entry
+    :param value: the texts
+    :return: one of the known classes
     """
     found = [known for known in classes if type(value) is PickleDescription and _describes(value, known)]
     argument = "policy" if entry == "policy_class" else entry
@@ -274,11 +264,11 @@ def _class_among(classes: Sequence[type], entry: str, value: Any) -> type:
 
 def _describes(texts: PickleDescription, known: type) -> bool:
     """
-    Tell whether texts from a file are those of a class, wherever its module is now.
+    Tell whether texts from a file are those of a class, even if its module has moved since.
 
     :param texts: a class's attributes as text, without its name
-    :param known: a class
-    :return: whether they hold its ``saved_as``, or, for the classes of others, its module and its constructor
+    :param known: the class
+    :return: whether they hold its ``saved_as``, or, for a class of another package, its module and its constructor
     """
     earlier = EARLIER.get((str(texts.get("__module__")), str(texts.get("__doc__")).partition(":")[0]))
     own_name = vars(known).get("saved_as")
@@ -288,38 +278,26 @@ def _describes(texts: PickleDescription, known: type) -> bool:
     return own_name is None and texts.get("__module__") == known.__module__ and constructor
 
 
-def _policy_kwargs(entry: str, value: Any) -> dict[str, Any] | None:
-    """
-    :param entry: name
-    :param value: plain, or what SB3 writes beside the pickle where an item is a class
-    :return: with classes in the place of their texts
-    """
-    if value is None:
-        return None
-    check(
-        isinstance(value, dict) and value.get(":type:", str(dict)) == str(dict),
-        entry,
-        value,
-        f"a dict, or passed as `{entry}`",
-    )
-    items = {f"{name}": item for name, item in value.items() if name != ":type:"}
-    return {name: _policy_kwarg(f"{entry}[{name!r}]", name, item) for name, item in items.items()}
+def _policy_kwargs(entry: str, value: Any) -> dict[str, Any]:
+    """Read the policy's arguments from a dict, or from its description where an item is a class."""
+    known = isinstance(value, dict) and value.get(":type:", str(dict)) == str(dict)
+    check(known, entry, value, f"a dict, or passed as `{entry}`")
+    read = {}
+    for name in [name for name in value if name != ":type:"]:
+        where = f"{entry}[{name!r}]"
+        check(name in KWARG_READERS, where, value[name], "left out, or `policy_kwargs` passed")
+        read[name] = KWARG_READERS[name](where, value[name])
+    return read
 
 
-def _policy_kwarg(entry: str, name: str, value: Any) -> Any:
-    if name in KWARGS_CLASSES:
-        known = {str(each): each for each in KWARGS_CLASSES[name]}
-        check(type(value) is str and value in known, entry, value, f"one of {', '.join(known)}, or `policy_kwargs` passed")
-        return known[value]
-    if name in KWARGS_FLAGS:
-        return _flag(entry, value)
-    if name == "log_std_init":
-        return _number(entry, value)
-    if name == "covariance":
-        return _covariance(entry, value)
-    if name == "net_arch":
-        return _net_arch(entry, value)
-    check(name in ("features_extractor_kwargs", "optimizer_kwargs"), entry, value, "left out, or `policy_kwargs` passed")
+def _class_by_text(classes: Sequence[type], entry: str, value: Any) -> type:
+    """Recognise a class by its ``str``, which is how SB3 writes a class in a dict."""
+    known = {str(each): each for each in classes}
+    check(type(value) is str and value in known, entry, value, f"one of {', '.join(known)}, or `policy_kwargs` passed")
+    return known[value]
+
+
+def _plain_dict(entry: str, value: Any) -> Any:
     check(value is None or type(value) is dict, entry, value, "a dict of numbers, or `policy_kwargs` passed")
     return value and {key: _plain(f"{entry}[{key!r}]", option) for key, option in value.items()}
 
@@ -333,19 +311,43 @@ def _covariance(entry: str, value: Any) -> Any:
 
 def _net_arch(entry: str, value: Any) -> Any:
     networks = value if type(value) is dict else {"pi": [] if value is None else value}
+    allowed = f"the widths of at most {MOST_LAYERS} layers, also as `pi` and `vf`"
     for name, widths in networks.items():
         layers = type(widths) is list and len(widths) <= MOST_LAYERS and all(type(each) is int and each > 0 for each in widths)
-        check(
-            name in ("pi", "vf") and layers, entry, value, f"the widths of at most {MOST_LAYERS} layers, also as `pi` and `vf`"
-        )
+        check(name in ("pi", "vf") and layers, entry, value, allowed)
     return value
+
+
+#: Constructor arguments -> their readers; of all others `_plain`
+READERS: dict[str, Reader] = {
+    **dict.fromkeys(("learning_rate", "clip_range", "clip_range_vf", "target_kl", "kl_min", "kl_max"), _schedule),
+    **dict.fromkeys(OBJECTS, _object),
+    **dict.fromkeys(("use_sde", "compile"), _flag),
+    "rollout_buffer_kwargs": _nothing,
+    "policy_kwargs": _policy_kwargs,
+    "verbose": partial(_whole, highest=2),
+    "seed": partial(_whole, highest=2**32 - 1),
+}
+#: Constructor arguments that may be None, whatever their reader
+OPTIONAL = {"seed", "rollout_buffer_class", "policy_kwargs", *OBJECTS}
+#: Items of `policy_kwargs` -> their readers
+KWARG_READERS: dict[str, Reader] = {
+    **{name: partial(_class_by_text, classes) for name, classes in KWARGS_CLASSES.items()},
+    **dict.fromkeys(KWARGS_FLAGS, _flag),
+    **dict.fromkeys(("features_extractor_kwargs", "optimizer_kwargs"), _plain_dict),
+    "log_std_init": _number,
+    "covariance": _covariance,
+    "net_arch": _net_arch,
+}
 
 
 def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], max_bytes: int) -> None:
     """
+    Check that the rollout buffer that a file asks for is not too large.
+
     :param env: gives the size of a transition
-    :param arguments: give their number
-    :param max_bytes: for all of them
+    :param arguments: of the constructor; they give the number of transitions
+    :param max_bytes: largest size of the buffer
     """
     if "n_steps" not in arguments:
         return
@@ -362,22 +364,19 @@ def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], max_bytes: int) 
 @contextmanager
 def _policy_of_at_most(limit: int) -> Iterator[None]:
     """
-    Stop the building of a policy that is larger than the weights in the file, before its tensors are written to.
+    Stop building a policy larger than the file's weights, before memory of its parameters is written to and thus taken.
 
-    :param limit: in bytes
+    :param limit: size of all parameters, in bytes
     """
     thread, size = threading.get_ident(), 0
+    allowed = f"such that the policy is of the size of `policy.pth`, {limit // 4} bytes"
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal size
+        # torch calls the hook in every thread
         if parameter is not None and threading.get_ident() == thread:
             size += parameter.nbytes
-            check(
-                size <= limit,
-                "policy_kwargs",
-                size,
-                f"such that the policy is of the size of `policy.pth`, {limit // 4} bytes",
-            )
+            check(size <= limit, "policy_kwargs", size, allowed)
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -390,7 +389,7 @@ def _restore_number(model: OnPolicyAlgorithm, name: str, value: Any) -> None:
     """
     Put back a count or another number that changes during training.
 
-    :param model: fresh, which tells what numbers there are
+    :param model: new; it tells what numbers there are
     :param name: of the entry
     :param value: from the file
     """
@@ -406,16 +405,17 @@ def _restore_number(model: OnPolicyAlgorithm, name: str, value: Any) -> None:
 
 def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
     """
-    :param model: fresh, which tells names, shapes and types
-    :param saved: from the file
+    Load the weights and the optimizer's moments after checking them against those of a new model.
+
+    :param model: new; it tells names, shapes and types
+    :param saved: contents of the file
     """
     policy = model.policy
     with refusing("policy.pth"):
-        mismatch = (
-            covariance_mismatch(policy.state_dict().keys(), saved.policy.keys()) if isinstance(saved.policy, dict) else None
-        )
-        check(mismatch is None, "policy.pth", "another spread", f"of a policy like this one: {mismatch}")
-        weights = _checked_values("policy.pth", saved.policy, policy.state_dict())
+        own, found = policy.state_dict(), saved.policy if isinstance(saved.policy, dict) else {}
+        mismatch = covariance_mismatch(own.keys(), found.keys())
+        check(mismatch is None, "policy.pth", "another covariance", f"of a policy like this one: {mismatch}")
+        weights = _checked_values("policy.pth", saved.policy, own)
         if getattr(policy, "has_fixed_covariance", False):
             covariance_tensor(weights["covariance"], get_action_dim(model.action_space))
         policy.load_state_dict(weights)
@@ -425,10 +425,12 @@ def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
 
 def _checked_values(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
     """
-    :param entry: name
-    :param found: in the file
-    :param expected: tensors, and other values, of a fresh model
-    :return: copies of the found ones, which have the names, shapes and types of the expected
+    Copy tensors from a file if they have the names, shapes and types of a new model's.
+
+    :param entry: name for messages
+    :param found: tensors by name, and other values
+    :param expected: those of a new model
+    :return: copies by name
     """
     check(isinstance(found, dict) and all(type(name) is str for name in found), entry, type(found), "tensors by name")
     for name in sorted(found.keys() ^ expected.keys()):
@@ -439,10 +441,12 @@ def _checked_values(entry: str, found: Any, expected: dict[str, Any]) -> dict[st
 
 def _checked_value(entry: str, name: str, found: Any, expected: Any) -> Any:
     """
-    :param entry: to name
-    :param name: of the tensor, or of the number or None that some optimizers keep beside their tensors
-    :param found: in the file
-    :param expected: a fresh model's
+    Copy a tensor from a file, or a number or None, which some optimizers keep beside their tensors.
+
+    :param entry: name for messages
+    :param name: name of the value
+    :param found: value in the file
+    :param expected: value of a new model
     :return: a copy
     """
     kind = th.Tensor if isinstance(expected, th.Tensor) else type(expected)
@@ -460,16 +464,18 @@ def _checked_value(entry: str, name: str, found: Any, expected: Any) -> Any:
 
 def _checked_optimizer(entry: str, found: Any, optimizer: th.optim.Optimizer) -> dict[str, Any]:
     """
-    :param entry: name
-    :param found: in the file
-    :param optimizer: fresh, of the policy
-    :return: the found moments and learning rate; all else is what the optimizer was made with
+    Check an optimizer's state from a file.
+
+    :param entry: name for messages
+    :param found: state in the file
+    :param optimizer: of the new policy
+    :return: the file's moments and learning rates; all other settings are the new optimizer's
     """
     check(isinstance(found, dict) and found.keys() == {"state", "param_groups"}, entry, type(found), "an optimizer's state")
     expected = _state_after_a_step(optimizer)
     groups, states = found["param_groups"], found["state"]
-    alike = type(groups) is list and len(groups) == len(expected["param_groups"])
-    check(alike, f"{entry}: param_groups", type(groups), f"a list of {len(expected['param_groups'])}")
+    same_number = type(groups) is list and len(groups) == len(expected["param_groups"])
+    check(same_number, f"{entry}: param_groups", type(groups), f"a list of {len(expected['param_groups'])}")
     known = isinstance(states, dict) and all(type(key) is int and key in expected["state"] for key in states)
     check(known, f"{entry}: state", type(states), "the moments of the policy's parameters")
     return {
@@ -480,8 +486,10 @@ def _checked_optimizer(entry: str, found: Any, optimizer: th.optim.Optimizer) ->
 
 def _state_after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
     """
-    :param optimizer: not changed
-    :return: its state as one step leaves it, taken on copies of the parameters; tensors without values
+    Return the state that an optimizer has after one step, with tensors that hold no values.
+
+    :param optimizer: not changed; the step is made on copies of its parameters
+    :return: its ``state_dict``, which tells names, shapes and types of the moments
     """
     rehearsal = copy.deepcopy(optimizer)
     for group in rehearsal.param_groups:
@@ -498,10 +506,12 @@ def _state_after_a_step(optimizer: th.optim.Optimizer) -> dict[str, Any]:
 
 def _checked_group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
     """
-    :param entry: name
-    :param found: a group of parameters in the file; other versions of torch have fewer settings
-    :param expected: the fresh optimizer's
-    :return: the expected one with the learning rate found
+    Check the settings of a group of parameters; all but the learning rate have to be the new optimizer's.
+
+    :param entry: name for messages
+    :param found: the group in the file; other versions of torch have fewer settings
+    :param expected: the new optimizer's
+    :return: the new optimizer's settings with the file's learning rate
     """
     check(isinstance(found, dict) and {"lr", "params"} <= found.keys(), f"{entry}: param_groups", type(found), "parameters")
     for name, value in found.items():
@@ -509,10 +519,10 @@ def _checked_group(entry: str, found: Any, expected: dict[str, Any]) -> dict[str
         check(name in expected, where, value, "left out: the optimizer has no such setting")
         if name == "lr":
             check(_number(where, value) >= 0, where, value, "positive or zero")
-            continue
-        if name in ("fused", "foreach"):  # which kernels the optimizer runs on: stock PPO's policies leave it to torch
+        elif name in ("fused", "foreach"):  # the kernels to run on: they do not change what an optimizer does
             check(value is None or type(value) is bool, where, value, "true, false or none")
-            continue
-        wanted = tuple(expected[name]) if type(value) is tuple else expected[name]
-        check(type(value) in (type(wanted), float, int) and value == wanted, where, value, f"{wanted}, as the policy has it")
+        else:
+            wanted = tuple(expected[name]) if type(value) is tuple else expected[name]
+            same = type(value) in (type(wanted), float, int) and value == wanted
+            check(same, where, value, f"{wanted}, as the policy has it")
     return {**expected, "lr": found["lr"]}
