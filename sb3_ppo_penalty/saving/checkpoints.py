@@ -1,7 +1,8 @@
-"""Checkpoints from which a killed training goes on as if nothing had happened."""
+"""Write checkpoints from which a killed training resumes bit for bit, find the latest and resume from it."""
 
 import hashlib
 import io
+import math
 import os
 import re
 import time
@@ -20,36 +21,38 @@ from stable_baselines3.common.type_aliases import GymEnv
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer
 from sb3_ppo_penalty.saving.training_state import RandomStates, VecEnvState, dumps, loads
 
-#: Beside SB3's own entries in its zip file
+#: Member of the zip file that holds the pickled ``CheckpointState``, beside SB3's own members
 ENTRY = "resume.pkl"
-#: The zip file's comment: which one it is in its folder, twice to be sure, and the SHA-256 of everything before
+#: The zip file's comment: the checkpoint's number in its folder, twice to be sure, and the SHA-256 of everything before
 TRAILER = re.compile(rb"resumable checkpoint (\d{16}) \1 [0-9a-f]{64}")
 DIGEST_LENGTH = 64
 TRAILER_LENGTH = len("resumable checkpoint ") + 2 * (16 + 1) + DIGEST_LENGTH
-#: gSDE's, which SB3 keeps outside the policy's ``state_dict``
+#: gSDE's exploration matrices, which SB3 keeps outside the policy's ``state_dict``
 NOISE = ("exploration_mat", "exploration_matrices")
+#: The logger's values that have not been written yet, how many were averaged in each, which outputs leave each out
+LOG = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
 class CheckpointState(NamedTuple):
     """
-    What SB3's own file does not hold, or its ``load`` does not bring back.
+    The state of a training that SB3's own file does not hold, or that its ``load`` does not bring back.
 
-    :param algorithm: the model's class
-    :param attributes: all that SB3 would save of the model beside tensors, with Python's types kept
+    :param algorithm: class of the model
+    :param attributes: all attributes that SB3 would save except those with tensors, with Python's types kept
     :param n_calls: calls of the callback
-    :param elapsed: since ``learn`` began, in ns
-    :param log: the logger's values that have not been written yet, how many were averaged in each, what excludes them
-    :param random: the random generators
-    :param noise: gSDE's exploration matrices by name
+    :param elapsed: time since ``learn`` began, in ns
+    :param log: the logger's dicts of ``LOG``, by name
+    :param random: states of the random generators
+    :param noise: gSDE's exploration matrices, by name
     :param collecting: True before the first step of a rollout, False at the end of training
-    :param env: the training environments
+    :param env: state of the training environments
     """
 
     algorithm: type[OnPolicyAlgorithm]
     attributes: dict[str, Any]
     n_calls: int
     elapsed: int
-    log: tuple[dict[str, Any], dict[str, int], dict[str, tuple[str, ...]]]
+    log: dict[str, dict[str, Any]]
     random: RandomStates
     noise: dict[str, th.Tensor]
     collecting: bool
@@ -58,32 +61,36 @@ class CheckpointState(NamedTuple):
     @classmethod
     def of(cls, model: OnPolicyAlgorithm, n_calls: int, collecting: bool) -> "CheckpointState":
         """
+        Capture the state of a training without changing it.
+
         :param model: in training, between an update and a rollout
         :param n_calls: calls of the callback
         :param collecting: whether the rollout has begun
-        :return: its state
+        :return: the state
         """
         assert model.env is not None
         states, variables = model._get_torch_save_params()
         tensors = {name.split(".")[0] for name in [*states, *variables]}
         left_out = tensors.union(model._excluded_save_params())
-        attributes = {name: value for name, value in vars(model).items() if name not in left_out}
-        logger = model.logger
-        log = dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)
-        noise = {}
-        if model.use_sde:
-            noise = {name: getattr(model.policy.action_dist, name).detach().cpu() for name in NOISE}
-        elapsed = time.time_ns() - int(model.start_time)
-        env = VecEnvState.of(model.env)
-        return cls(type(model), attributes, n_calls, elapsed, log, RandomStates.now(), noise, collecting, env)
+        return cls(
+            algorithm=type(model),
+            attributes={name: value for name, value in vars(model).items() if name not in left_out},
+            n_calls=n_calls,
+            elapsed=time.time_ns() - int(model.start_time),
+            log={name: dict(getattr(model.logger, name)) for name in LOG},
+            random=RandomStates.now(),
+            noise={name: getattr(model.policy.action_dist, name).detach().cpu() for name in NOISE if model.use_sde},
+            collecting=collecting,
+            env=VecEnvState.of(model.env),
+        )
 
 
 class Resumed(NamedTuple):
     """
-    A training that goes on.
+    A training to go on with.
 
-    :param model: as it was at the checkpoint, with its environments
-    :param remaining_timesteps: what its ``learn`` still had to do
+    :param model: the model as it was at the checkpoint, with its environments
+    :param remaining_timesteps: steps that its ``learn`` still had to do
     """
 
     model: OnPolicyAlgorithm
@@ -92,9 +99,9 @@ class Resumed(NamedTuple):
 
 class ResumableCheckpointCallback(BaseCallback):
     """
-    Writes checkpoints from which a training that was killed goes on bit for bit as if it had not been: of ``PPOPenalty``,
-    ``PPOClip`` and SB3's on-policy algorithms.
+    Write checkpoints from which a killed training resumes bit for bit.
 
+    For ``PPOPenalty``, ``PPOClip`` and SB3's on-policy algorithms.
     One script starts the training and, run again after a crash, goes on with it::
 
         checkpoints = ResumableCheckpointCallback(save_freq=10_000, save_path="checkpoints")
@@ -106,49 +113,49 @@ class ResumableCheckpointCallback(BaseCallback):
             model, remaining_timesteps = resume(path, env, checkpoints)
             model.learn(remaining_timesteps, callback=checkpoints, reset_num_timesteps=False)
 
-    **When.** As with SB3's ``CheckpointCallback``, a checkpoint is due every ``save_freq`` calls, which are steps of all
-    environments at once. It is written at the next boundary between an update and a rollout, or at the end of training: what
-    lies in the middle of a rollout is never saved. ``learn`` needs the callback itself or in a list, not inside an
-    ``EventCallback``, which passes on no boundaries.
+    **When.** As with SB3's ``CheckpointCallback``, a checkpoint is due every ``save_freq`` calls; at each call all
+    environments make one step. It is written before the next rollout or at the end of training, never within a rollout.
+    Pass the callback to ``learn`` itself or in a list, not inside an ``EventCallback``, which does not tell when rollouts
+    begin.
 
     **What.** ``{name_prefix}_{num_timesteps}_steps.zip`` is a model file of SB3, which ``load`` reads as any other. A further
     entry holds everything else that decides how training goes on: all attributes of the model that SB3 saves, among them
-    ``kl_coef`` and the counters; the random generators of python, numpy and torch; ``VecNormalize``'s statistics and the
-    other VecEnv wrappers; the environments with their wrappers, random generators and spaces; gSDE's noise; what the logger
-    has not written yet; the callback's count of calls. Saving changes nothing in the training.
+    ``kl_coef`` and the counters; the random generators of Python, numpy and torch; ``VecNormalize``'s statistics and the
+    other VecEnv wrappers; the environments with their wrappers, random generators and spaces; gSDE's noise; the logger's
+    values that have not been written yet; the callback's count of calls. Saving changes nothing in the training.
 
     **How.** The file is written under a temporary name in the same folder, flushed to the disk and renamed: a process that
     is killed leaves the earlier checkpoints and at most a temporary file, which the next training in the folder removes. Its
-    last bytes are a SHA-256 of all the others: :func:`latest_checkpoint` passes over a file that is torn. One training
-    at a time writes into a folder with one ``name_prefix``.
+    last bytes are a SHA-256 of all the others: :func:`latest_checkpoint` skips a damaged file. Only one training at a time
+    may write into a folder under one ``name_prefix``.
 
     **Exact** with the same versions on the same machine, ``DummyVecEnv`` and environments whose Python attributes are their
-    state and can be pickled: Gymnasium's classic control, toy text and MuJoCo. An environment whose state lies elsewhere, in a
-    simulator behind a handle, say, may define ``__getstate__`` and ``__setstate__``, which are then used on the environment
-    in place. Objects that environments share with something outside, a callback or a global, are restored as copies, and
-    classes that a script itself defines are looked for in the script that resumes.
+    state and can be pickled: Gymnasium's classic control, toy text and MuJoCo. An environment whose state lies elsewhere, for
+    example in a simulator behind a handle, may define ``__getstate__`` and ``__setstate__``, which are then called on the
+    environment in place. Objects that environments share with a callback or a global are restored as copies, and classes
+    that a script itself defines are looked for in the script that resumes.
 
-    **Exact with** ``SubprocVecEnv`` too if every environment is wrapped in
-    :class:`~.ResumableEnv`. Without that wrapper SB3 gives no safe access to an environment in
-    another process: ``get_attr("__dict__")`` would fetch it whole, but ends the process if anything in it cannot be pickled,
-    and brings a MuJoCo environment back at its start, because that is pickled as its constructor's arguments.
+    **Exact with** ``SubprocVecEnv`` too if every environment is wrapped in :class:`~.ResumableEnv`. Without that wrapper SB3
+    gives no safe access to an environment in another process: ``get_attr("__dict__")`` ends the process if anything in the
+    environment cannot be pickled, and loses the state of MuJoCo environments, which are pickled as their constructor's
+    arguments.
 
-    **Not exact**, after a warning at the first checkpoint, if the environments cannot be pickled (Box2D's cannot): all but
-    them is restored, and they are reset with new seeds, which follow from the restored generators. Nor for an algorithm that
-    leaves live state out of what it saves, as sb3-contrib's ``RecurrentPPO`` does with its LSTM's. The log's
-    ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks start
-    anew, with their own counts at 0.
+    **Not exact**, after a warning at the first checkpoint, if the environments cannot be pickled (Box2D's cannot): all else
+    is restored, and the environments are reset with new seeds, which follow from the restored generators. Nor is it exact
+    for an algorithm that leaves state out of what it saves, as sb3-contrib's ``RecurrentPPO`` does with its LSTM's. The
+    log's ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks
+    start with their counts at 0.
 
     .. warning::
 
-        The file holds pickles, as SB3's own do, and :func:`resume` and ``load`` run whatever is in them: load only files that
+        The file holds pickles, as SB3's own do, and :func:`resume` and ``load`` run the code in them: load only files that
         you trust. The checksum shows damage, not tampering.
 
     :param save_freq: number of calls between two checkpoints
-    :param save_path: folder, which is created
-    :param name_prefix: of the file names
+    :param save_path: folder of the checkpoints; it is created if missing
+    :param name_prefix: beginning of the file names
     :param keep: how many of the latest checkpoints stay in the folder; None for all
-    :raises ValueError: naming the argument, for a value that cannot be meant
+    :raises ValueError: naming the argument that has a wrong value
     """
 
     def __init__(self, save_freq: int, save_path: str | Path, name_prefix: str = "rl_model", keep: int | None = 3) -> None:
@@ -168,18 +175,17 @@ class ResumableCheckpointCallback(BaseCallback):
         self._number = 0
 
     def _init_callback(self) -> None:
-        """Take stock of the folder."""
+        """Create the folder, remove temporary files and list the checkpoints that are there."""
         allowed = "an on-policy algorithm: a replay buffer would not be saved"
         require(isinstance(self.model, OnPolicyAlgorithm), "model", type(self.model), allowed)
         self.save_path.mkdir(parents=True, exist_ok=True)
         for path in _files(self.save_path, r"\.", self.name_prefix, r"\.\d+\.tmp"):
             path.unlink()
-        found = list(_newest_first(self.save_path, self.name_prefix))
-        self._number = found[0][0] if found else 0
-        self._written = [path for _, path in reversed(found)]
+        self._written = [*complete_checkpoints(self.save_path, self.name_prefix)][::-1]
+        self._number = int(_number(self._written[-1])) if self._written else 0
 
     def _on_training_start(self) -> None:
-        """Set back what ``learn`` has just begun anew."""
+        """Restore what ``learn`` has just reset: the clock, the first step's number and the log."""
         require(self.parent is None, "callback", self.parent, "outside an EventCallback")
         if self._resumed is None:
             return
@@ -189,15 +195,14 @@ class ResumableCheckpointCallback(BaseCallback):
         # As if the time in between had not passed, for the log's frames per second
         self.model.start_time = time.time_ns() - state.elapsed
         self.model._num_timesteps_at_start = state.attributes["_num_timesteps_at_start"]
-        names = ("name_to_value", "name_to_count", "name_to_excluded")
-        for name, values in zip(names, state.log, strict=True):
+        for name, values in state.log.items():
             getattr(self.logger, name).update(values)
         if not state.collecting:
             state.random.restore()
             self._resumed = None
 
     def _on_rollout_start(self) -> None:
-        """Before the first step: set the random generators back after a resumption, or write the checkpoint that is due."""
+        """Restore gSDE's noise and the random generators after a resumption; write the checkpoint if one is due."""
         self._collecting = True
         if self._resumed is not None:
             # Only now: SB3 has drawn new gSDE noise since, and other callbacks may have drawn what they did the first time
@@ -209,7 +214,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._save()
 
     def _on_step(self) -> bool:
-        """:return: True: go on."""
+        """Note whether a checkpoint is due; training always goes on."""
         self._due = self._due or self.n_calls % self.save_freq == 0
         return True
 
@@ -217,12 +222,12 @@ class ResumableCheckpointCallback(BaseCallback):
         self._collecting = False
 
     def _on_training_end(self) -> None:
-        """Write the checkpoint that is due, unless another callback has stopped the training within a rollout."""
+        """Write the checkpoint if one is due, unless another callback has stopped the training within a rollout."""
         if self._due and not self._collecting:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint and remove those that are too many."""
+        """Write a checkpoint and remove the oldest ones beyond ``keep``."""
         self._due = False
         self._number += 1
         assert isinstance(self.model, OnPolicyAlgorithm)
@@ -234,9 +239,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._written.pop(0).unlink(missing_ok=True)
 
     def _continue(self, state: CheckpointState) -> None:
-        """
-        :param state: of the training that the next ``learn`` goes on with
-        """
+        """Make the next ``learn`` go on with the training of that state."""
         self.n_calls = state.n_calls
         self._due = False
         self._resumed = state
@@ -244,42 +247,47 @@ class ResumableCheckpointCallback(BaseCallback):
 
 def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path | None:
     """
-    Find the checkpoint to go on from. Nothing is loaded: files are read and their checksums compared.
+    Find the checkpoint to resume from.
 
-    :param folder: where :class:`ResumableCheckpointCallback` writes
-    :param name_prefix: likewise
-    :return: the latest complete checkpoint, None if there is none; a file that is torn is skipped with a warning
+    No checkpoint is loaded: files are read and their checksums compared.
+
+    :param folder: ``save_path`` of :class:`ResumableCheckpointCallback`
+    :param name_prefix: beginning of the file names
+    :return: the latest complete checkpoint, None if there is none; a damaged file is skipped with a warning
     """
     return next(complete_checkpoints(folder, name_prefix), None)
 
 
 def complete_checkpoints(folder: str | Path, name_prefix: str = "rl_model") -> Iterator[Path]:
     """
-    Go through the checkpoints to choose from, the latest first.
+    Find the checkpoints to choose from, the latest first.
 
-    :param folder: where :class:`ResumableCheckpointCallback` writes
-    :param name_prefix: likewise
-    :return: those that are complete; a file that is torn is skipped with a warning
+    :param folder: ``save_path`` of :class:`ResumableCheckpointCallback`; may be missing
+    :param name_prefix: beginning of the file names
+    :return: the complete checkpoints; a damaged file is skipped with a warning
     """
-    return (path for _, path in _newest_first(Path(folder), name_prefix))
+    for _, path in sorted(((_number(path), path) for path in _files(Path(folder), "", name_prefix, "")), reverse=True):
+        if _is_complete(path.read_bytes()):
+            yield path
+        else:
+            warnings.warn(f"{path} is torn, or no checkpoint of ResumableCheckpointCallback: it is skipped", stacklevel=3)
 
 
 def resume(
     path: str | Path | None, env: GymEnv | str, callback: ResumableCheckpointCallback, device: th.device | str = "auto"
 ) -> Resumed:
     """
-    Go on from a checkpoint: see :class:`ResumableCheckpointCallback` for how, and for what is exact.
+    Resume a training from a checkpoint of :class:`ResumableCheckpointCallback`, which says what is exact.
 
     ``learn(remaining_timesteps, callback=callback, reset_num_timesteps=False)`` then does what the killed ``learn`` still had
     to do, with the same schedules. Another number of steps ends them elsewhere, as it does in SB3.
 
-    :param path: of a checkpoint, as :func:`latest_checkpoint` returns it; unpickles it: load only files that you trust
-    :param env: made and wrapped as the first time; its state, VecNormalize's statistics and attributes included, is set to
-        the saved one
-    :param callback: made as the first time; to be passed to ``learn``, where it sets back what ``learn`` begins anew
-    :param device: see SB3's ``load``
+    :param path: the checkpoint, as :func:`latest_checkpoint` returns it; it is unpickled: load only files that you trust
+    :param env: made and wrapped as the first time; its state, including VecNormalize's statistics, is restored
+    :param callback: made as the first time; pass it to ``learn``, where it restores what ``learn`` resets
+    :param device: as for SB3's ``load``
     :return: the model and the number of steps that its ``learn`` still had to do
-    :raises ValueError: for no file or one that is torn, or for environments that are not made as they were
+    :raises ValueError: if there is no file, if it is damaged, or if the environments are made differently
     """
     if path is None:
         raise ArgumentError("`path` must be a checkpoint, got None: `latest_checkpoint` found none to go on from")
@@ -292,7 +300,7 @@ def resume(
     if mismatch := state.env.mismatch(venv):
         raise ArgumentError(f"`env` must be {mismatch}")
     model = state.algorithm.load(io.BytesIO(content), env=venv, device=device)
-    # Again, because `load` has seeded some of it anew and turned JSON's tuples into lists
+    # Again, because `load` has seeded some of them anew, and has read tuples from JSON, where they are lists
     vars(model).update(state.attributes)
     model.action_space, model.observation_space = venv.action_space, venv.observation_space
     if mismatch := state.env.restore(venv):
@@ -308,10 +316,12 @@ def resume(
 
 def _content_of(model: BaseAlgorithm, state: CheckpointState, number: int) -> bytes:
     """
-    :param model: to be saved
-    :param state: of its training
-    :param number: of the checkpoint in its folder: later ones have higher numbers
-    :return: a file of SB3 with one more entry and a trailer
+    Make a checkpoint's file: SB3's, with one more entry and a trailer.
+
+    :param model: the model to save
+    :param state: state of its training
+    :param number: number of the checkpoint in its folder; later checkpoints have higher numbers
+    :return: content of the file
     """
     file = io.BytesIO()
     model.save(file)
@@ -323,20 +333,22 @@ def _content_of(model: BaseAlgorithm, state: CheckpointState, number: int) -> by
 
 
 def _is_complete(content: bytes) -> bool:
-    """
-    :param content: of a file
-    :return: whether it is a checkpoint as it was written
-    """
+    """Tell whether a file's content is a checkpoint as it was written."""
     trailer = TRAILER.fullmatch(content[-TRAILER_LENGTH:])
     digest = hashlib.sha256(memoryview(content)[:-DIGEST_LENGTH]).hexdigest()
     return trailer is not None and content.endswith(digest.encode())
 
 
+def _number(path: Path) -> float:
+    """Read a checkpoint's number; infinity from a file without one, which is then warned of first."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - TRAILER_LENGTH, 0))
+        trailer = TRAILER.fullmatch(file.read())
+    return int(trailer[1]) if trailer else math.inf
+
+
 def _write_atomically(path: Path, content: bytes) -> None:
-    """
-    :param path: of the file, which is there afterwards with all its content or as it was before
-    :param content: of the file
-    """
+    """Write a file so that a crash leaves either all of the new content or the earlier file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -356,33 +368,13 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 def _files(folder: Path, before: str, name_prefix: str, after: str) -> list[Path]:
     """
+    Find a folder's checkpoints, or other files whose names contain a checkpoint's.
+
     :param folder: may be missing
-    :param before: what stands before the name, a regular expression
-    :param name_prefix: of checkpoints
-    :param after: what stands after the name, a regular expression
-    :return: the files of that kind
+    :param before: pattern of what stands before the checkpoint's name
+    :param name_prefix: beginning of the checkpoint's name
+    :param after: pattern of what stands after the checkpoint's name
+    :return: paths
     """
     name = re.compile(rf"{before}{re.escape(name_prefix)}_\d+_steps\.zip{after}")
-    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name)) if folder.is_dir() else []
-
-
-def _newest_first(folder: Path, name_prefix: str) -> Iterator[tuple[int, Path]]:
-    """
-    Go through the complete checkpoints of a folder, and warn of those on the way that are not complete.
-
-    :param folder: may be missing
-    :param name_prefix: of checkpoints
-    :return: numbers and paths
-    """
-    found = []
-    for path in _files(folder, "", name_prefix, ""):
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - TRAILER_LENGTH, 0))
-            trailer = TRAILER.fullmatch(file.read())
-        # One that has lost its number comes first, to be warned of
-        found.append((trailer is None, int(trailer[1]) if trailer else 0, path))
-    for _, number, path in sorted(found, reverse=True):
-        if _is_complete(path.read_bytes()):
-            yield number, path
-        else:
-            warnings.warn(f"{path} is torn, or no checkpoint of ResumableCheckpointCallback: it is skipped", stacklevel=4)
+    return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
