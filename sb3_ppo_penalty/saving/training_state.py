@@ -1,4 +1,9 @@
-"""What a training needs to go on where it stood, beside the model: random generators and environments."""
+"""
+Capture and restore what a training needs to go on exactly, beside the model: random generators and environments.
+
+A *layer* is an environment, a VecEnv or one of the wrappers around them. The state of each layer is its attributes without the
+layers below. All states are pickled together, and references to layers are pickled as indices: what layers share stays shared.
+"""
 
 import io
 import pickle
@@ -16,9 +21,9 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
-#: What a layer keeps of its own: the layers below it, what follows from its class, Monitor's open file
+#: Attributes that are not restored: the layers below, what follows from a layer's class, Monitor's open file
 LIVE_ATTRIBUTES = {"env", "envs", "venv", "class_attributes", "results_writer"}
-#: All that is restored of the innermost VecEnv: the rest is overwritten by every step, or belongs to its processes
+#: The only attributes of the innermost VecEnv that are restored: each step overwrites the others, or processes own them
 BASE_ATTRIBUTES = {"_seeds", "_options", "reset_infos", "action_space", "observation_space"}
 
 
@@ -26,10 +31,10 @@ class RandomStates(NamedTuple):
     """
     The states of this process's random generators.
 
-    :param python: of ``random``
-    :param numpy: of numpy's global generator
-    :param torch: of torch's generator on the CPU
-    :param cuda: of torch's generator on each GPU; empty if no GPU has been used
+    :param python: state of ``random``
+    :param numpy: state of numpy's global generator
+    :param torch: state of torch's generator on the CPU
+    :param cuda: states of torch's generators, one per GPU; empty if no GPU has been used
     """
 
     python: tuple[Any, ...]
@@ -39,12 +44,12 @@ class RandomStates(NamedTuple):
 
     @classmethod
     def now(cls) -> "RandomStates":
-        """:return: the states as they are."""
+        """Capture the current states."""
         cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return cls(random.getstate(), np.random.get_state(), th.get_rng_state(), cuda)  # noqa: NPY002 (SB3's stream)
 
     def restore(self) -> None:
-        """Set the generators back; those of GPUs as far as this machine has them."""
+        """Set the generators to these states; those of GPUs that this machine lacks are left out."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # noqa: NPY002 (SB3's stream)
         th.set_rng_state(self.torch)
@@ -53,62 +58,52 @@ class RandomStates(NamedTuple):
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """
-    Pickles what layers hold, and refers to the layers themselves by their place.
-
-    :param file: written to
-    :param layers: not pickled
-    """
+    """Pickle the contents of layers, and refer to the layers themselves by index."""
 
     def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
         super().__init__(file)
-        self._places = {id(layer): place for place, layer in enumerate(layers)}
+        self._indices = {id(layer): index for index, layer in enumerate(layers)}
 
     def persistent_id(self, obj: Any) -> int | None:
-        """
-        :param obj: anything on the way
-        :return: its place if it is a layer
-        """
-        return self._places.get(id(obj))
+        """Return the index of a layer; None for any other object, which is then pickled."""
+        return self._indices.get(id(obj))
 
     def reducer_override(self, obj: Any) -> Any:
         """
-        :param obj: anything on the way
-        :return: how to pickle it
-        :raises PicklingError: for an EzPickle, which would come back as new
+        Choose how to pickle an object.
+
+        :param obj: object to pickle
+        :return: what :class:`pickle.Pickler` asks for
+        :raises PicklingError: for an EzPickle, which would be restored in its initial state
         """
         if isinstance(obj, EzPickle) and type(obj).__getstate__ is EzPickle.__getstate__:
             raise pickle.PicklingError(f"{type(obj).__name__} is an EzPickle: its pickle holds constructor arguments only")
         main = sys.modules.get("__main__")
         if isinstance(obj, type) and obj.__module__ == "__main__" and getattr(main, obj.__qualname__, None) is obj:
-            # By name, where cloudpickle would make a copy: what a script's resumed environments hold must be of its classes
+            # By name, where cloudpickle would make a copy of the class: restored objects must be of the script's own classes
             return NotImplemented
         return super().reducer_override(obj)
 
 
 class _Unpickler(pickle.Unpickler):
-    """
-    :param file: read from
-    :param layers: those that take the places of the pickled ones
-    """
+    """Unpickle what :class:`_Pickler` wrote, with other layers in the places of those referred to."""
 
     def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
         super().__init__(file)
         self._layers = layers
 
     def persistent_load(self, pid: int) -> Any:
-        """
-        :param pid: a place
-        :return: the layer there
-        """
+        """Return the layer of that index."""
         return self._layers[pid]
 
 
 def dumps(obj: Any, layers: Sequence[Any] = ()) -> bytes:
     """
-    :param obj: to pickle
+    Pickle an object, with references to layers in the place of the layers.
+
+    :param obj: object to pickle
     :param layers: objects to refer to instead of pickling them
-    :return: its pickle
+    :return: the pickle
     """
     file = io.BytesIO()
     _Pickler(file, layers).dump(obj)
@@ -117,18 +112,22 @@ def dumps(obj: Any, layers: Sequence[Any] = ()) -> bytes:
 
 def loads(content: bytes, layers: Sequence[Any] = ()) -> Any:
     """
-    :param content: from :func:`dumps`; runs whatever it says
-    :param layers: the objects to refer to, as many and in the order of those at the time
-    :return: what was pickled
+    Unpickle what :func:`dumps` returned; this runs the code in it.
+
+    :param content: the pickle
+    :param layers: objects to refer to, in the order of those given to :func:`dumps`
+    :return: the object
     """
     return _Unpickler(io.BytesIO(content), layers).load()
 
 
 def _layers_of(env: Any, inner: str) -> list[Any]:
     """
+    List an environment's layers from the outermost wrapper to the environment itself.
+
     :param env: an environment or a VecEnv
     :param inner: name of the attribute that holds the next layer
-    :return: its wrappers from the outermost, and the environment itself
+    :return: the layers
     """
     layers = [env]
     while isinstance(layers[-1], (gym.Wrapper, VecEnvWrapper)):
@@ -137,37 +136,25 @@ def _layers_of(env: Any, inner: str) -> list[Any]:
 
 
 def _names(layers: Sequence[Any]) -> list[str]:
-    """
-    :param layers: of environments
-    :return: the names of their classes
-    """
+    """Return the names of the layers' classes."""
     return [type(layer).__qualname__ for layer in layers]
 
 
 def _pickles_itself(layer: Any) -> bool:
-    """
-    :param layer: of an environment
-    :return: whether its class says how to pickle it
-    """
+    """Tell whether a layer's class defines how to pickle it."""
     standard = {getattr(object, "__getstate__", None), EzPickle.__getstate__, None}
     return getattr(type(layer), "__getstate__", None) not in standard and hasattr(type(layer), "__setstate__")
 
 
 def _state_of(layer: Any) -> Any:
-    """
-    :param layer: of an environment
-    :return: what it says itself, or its attributes
-    """
+    """Return the state that an environment's layer defines itself, or else its attributes by name."""
     if _pickles_itself(layer):
         return layer.__getstate__()
     return {name: value for name, value in vars(layer).items() if name not in LIVE_ATTRIBUTES}
 
 
 def _set_attributes(layer: Any, attributes: dict[str, Any]) -> None:
-    """
-    :param layer: of an environment or a VecEnv
-    :param attributes: from :func:`_state_of`
-    """
+    """Set a layer's attributes; its spaces are changed in place."""
     for name, value in attributes.items():
         live = vars(layer).get(name)
         if isinstance(value, spaces.Space) and type(live) is type(value):
@@ -178,36 +165,30 @@ def _set_attributes(layer: Any, attributes: dict[str, Any]) -> None:
 
 
 def _dumps_or_problem(obj: Any, layers: Sequence[Any]) -> bytes | str:
-    """
-    :param obj: to pickle
-    :param layers: objects to refer to
-    :return: its pickle, or why there is none
-    """
+    """Return an object's pickle, or the reason why it cannot be pickled."""
     try:
         return dumps(obj, layers)
-    except Exception as error:  # whatever a class's own pickling raises
+    except Exception as error:  # a class's own pickling may raise anything
         return str(error) or repr(error)
 
 
 def _problems_with(states: Sequence[Any], layers: Sequence[Any]) -> dict[tuple[int, str], str]:
-    """
-    :param states: of the layers
-    :param layers: of environments or of a VecEnv
-    :return: layer's place and attribute's name -> why it cannot be pickled
-    """
+    """Return why attributes cannot be pickled, by their layer's index and their name."""
     found = {}
-    for place, (state, layer) in enumerate(zip(states, layers, strict=True)):
+    for index, (state, layer) in enumerate(zip(states, layers, strict=True)):
         for name, value in (state if isinstance(state, dict) else {"__getstate__": state}).items():
             problem = _dumps_or_problem(value, layers)
             if isinstance(problem, str):
-                found[place, name] = f"{type(layer).__qualname__}.{name}: {problem}"
+                found[index, name] = f"{type(layer).__qualname__}.{name}: {problem}"
     return found
 
 
 def environments_state(envs: Sequence[gym.Env[Any, Any]]) -> bytes | str:
     """
-    :param envs: environments of this process; what they share stays shared
-    :return: their state, or why there is none
+    Capture the state of environments, with their wrappers.
+
+    :param envs: environments of this process
+    :return: their pickled state, or the reason why they cannot be pickled
     """
     layers = [layer for env in envs for layer in _layers_of(env, "env")]
     states = [_state_of(layer) for layer in layers]
@@ -219,9 +200,11 @@ def environments_state(envs: Sequence[gym.Env[Any, Any]]) -> bytes | str:
 
 def restore_environments(envs: Sequence[gym.Env[Any, Any]], content: bytes) -> str:
     """
-    :param envs: made as those were
+    Restore the state of environments.
+
+    :param envs: environments made and wrapped as those that were saved
     :param content: from :func:`environments_state`
-    :return: how they have to be made instead, or nothing if all went well
+    :return: empty, or how the environments have to be made instead
     """
     layers = [layer for env in envs for layer in _layers_of(env, "env")]
     names, states = loads(content, layers)
@@ -237,25 +220,30 @@ def restore_environments(envs: Sequence[gym.Env[Any, Any]], content: bytes) -> s
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Lets the state of an environment be read and set from another process, which ``SubprocVecEnv`` itself does not.
+    Let the state of an environment be read and set from another process, which ``SubprocVecEnv`` itself does not.
 
-    It has to be the outermost wrapper::
+    This wrapper has to be the outermost::
 
         env = make_vec_env("Pendulum-v1", n_envs=4, vec_env_cls=SubprocVecEnv, wrapper_class=ResumableEnv)
 
-    :param env: any environment; see :class:`~.ResumableCheckpointCallback` for which of them can
-        be saved
+    :param env: environment to wrap; :class:`~.ResumableCheckpointCallback` says which environments can be saved
     """
 
     def checkpoint_state(self) -> tuple[bytes | str, RandomStates]:
-        """:return: the environment's state, or why there is none, and the random generators of the process it lives in."""
+        """
+        Capture the state of the environment and of its process.
+
+        :return: the environment's state, or why it cannot be pickled; the states of the process's random generators
+        """
         return environments_state([self]), RandomStates.now()
 
     def restore_checkpoint(self, content: bytes, random_states: RandomStates) -> str:
         """
-        :param content: from :meth:`checkpoint_state` of an environment that was made as this one
-        :param random_states: likewise
-        :return: what is wrong, or nothing if all went well: an exception would end the process
+        Restore the state of the environment and of its process.
+
+        :param content: the environment's state, from :meth:`checkpoint_state` of an environment made as this one
+        :param random_states: states of the process's random generators
+        :return: empty, or what is wrong: an exception would end the process
         """
         problem = restore_environments([self], content)
         random_states.restore()
@@ -266,10 +254,11 @@ class VecEnvState(NamedTuple):
     """
     The state of a VecEnv with all its wrappers.
 
-    :param names: the classes of its wrappers, and its own
+    :param names: names of the classes of its wrappers, from the outermost, and of its own
     :param num_envs: number of environments
-    :param wrappers: pickle of their attributes
-    :param environments: what the environments need to go on, all or each with its process; a string says why they cannot
+    :param wrappers: pickled attributes of the wrappers and of the VecEnv itself
+    :param environments: pickled state of all environments; or of each, with the random generators of its process; or the
+        reason why they cannot be saved
     """
 
     names: list[str]
@@ -280,16 +269,18 @@ class VecEnvState(NamedTuple):
     @classmethod
     def of(cls, env: VecEnv) -> "VecEnvState":
         """
-        :param env: between two steps
-        :return: its state
+        Capture the state of a VecEnv; warn of what cannot be pickled.
+
+        :param env: VecEnv between two steps
+        :return: the state
         """
         layers = _layers_of(env, "venv")
         states = [_state_of_vec(layer) for layer in layers]
         wrappers = _dumps_or_problem(states, layers)
         if isinstance(wrappers, str):
-            for (place, name), problem in _problems_with(states, layers).items():
+            for (index, name), problem in _problems_with(states, layers).items():
                 warnings.warn(f"the checkpoint goes without {problem}", stacklevel=2)
-                del states[place][name]
+                del states[index][name]
             wrappers = dumps(states, layers)
         environments = _environments_of(layers[-1])
         if isinstance(environments, str):
@@ -298,8 +289,10 @@ class VecEnvState(NamedTuple):
 
     def mismatch(self, env: VecEnv) -> str:
         """
-        :param env: to be restored to this state
-        :return: how it has to be made instead, or nothing if it is made as the other was
+        Compare the number of environments and the wrappers with those that were saved.
+
+        :param env: VecEnv to restore this state to
+        :return: empty, or how it has to be made instead
         """
         names = _names(_layers_of(env, "venv"))
         if (names, env.num_envs) == (self.names, self.num_envs):
@@ -308,8 +301,10 @@ class VecEnvState(NamedTuple):
 
     def restore(self, env: VecEnv) -> str:
         """
-        :param env: made as the other was
-        :return: what is wrong with the environments, or nothing if all went well
+        Restore a VecEnv to this state.
+
+        :param env: VecEnv made as the one that was saved
+        :return: empty, or what is wrong with its environments
         """
         layers = _layers_of(env, "venv")
         for layer, state in zip(layers, loads(self.wrappers, layers), strict=True):
@@ -319,29 +314,23 @@ class VecEnvState(NamedTuple):
             return restore_environments(base.envs, saved)
         if isinstance(saved, str):
             return ""
-        answers = [base.env_method("restore_checkpoint", *state, indices=place)[0] for place, state in enumerate(saved)]
+        answers = [base.env_method("restore_checkpoint", *state, indices=index)[0] for index, state in enumerate(saved)]
         return "; ".join(sorted(set(answers) - {""}))
 
 
 def _state_of_vec(layer: VecEnv) -> dict[str, Any]:
-    """
-    :param layer: a VecEnv or its wrapper; what ``VecNormalize`` says of itself leaves out its running returns
-    :return: its attributes
-    """
+    """Return the attributes of a VecEnv's layer; ``VecNormalize.__getstate__`` is not used: it drops the running returns."""
     names = set(vars(layer)) - LIVE_ATTRIBUTES if isinstance(layer, VecEnvWrapper) else BASE_ATTRIBUTES & set(vars(layer))
     return {name: vars(layer)[name] for name in sorted(names)}
 
 
 def _environments_of(base: VecEnv) -> bytes | list[tuple[bytes, RandomStates]] | str:
-    """
-    :param base: without wrappers
-    :return: see :class:`VecEnvState`
-    """
+    """Return the ``environments`` of a :class:`VecEnvState`, from a VecEnv without wrappers."""
     if isinstance(base, DummyVecEnv):
         return environments_state(base.envs)
     if not isinstance(base, SubprocVecEnv):
         return f"live in a {type(base).__qualname__}, which is known neither as a DummyVecEnv nor as a SubprocVecEnv"
-    # Nothing else may be asked of another process: what it cannot pickle, or does not have, ends it
+    # Only these three requests are safe: a process ends if it cannot pickle an answer or does not have a method
     if not all(base.env_is_wrapped(ResumableEnv)):
         return "live where only `ResumableEnv` reaches them: wrap each in it"
     if set(base.env_method("class_name")) != {ResumableEnv.__name__}:
