@@ -421,7 +421,7 @@ def test_a_frozen_policy_takes_no_gradient():
 def test_what_all_states_share_is_copied_where_it_learns_and_else_kept():
     mean, factor = th.zeros(3, 2, dtype=th.float64), double(*FACTOR)
     fixed = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=factor)))], 3)
-    assert fixed.shared[0] is factor  # the very same tensor: so is a covariance that stayed told from one that changed
+    assert fixed.shared[0] is factor  # the same object, by which an unchanged covariance is recognised
     learned = factor.clone().requires_grad_()
     joined = concatenate([parameters_of(holding(MultivariateNormal(mean, scale_tril=learned)))] * 2, 6)
     with th.no_grad():
@@ -450,7 +450,7 @@ def test_frozen_parameters_stay_when_the_policy_moves(name):
     before = [tensor.clone() for tensor in tensors]
     stir(policy, 0.5)
     state = policy.state_dict()
-    # A covariance that is loaded is written in place
+    # Loading writes into the covariance in place
     policy.load_state_dict({key: 2 * value if key == "covariance" else value for key, value in state.items()})
     kl = frozen_kl(old, policy, observations)
     assert all(th.equal(tensor, copied) for tensor, copied in zip(tensors, before, strict=True))
@@ -530,7 +530,7 @@ def test_monte_carlo_the_other_way(name):
     error = log_ratio.std().item() / math.sqrt(len(log_ratio))
     assert back > 10 * error
     assert log_ratio.mean().item() == pytest.approx(back, abs=4 * error)
-    if not name.startswith("fixed"):  # there the mean alone moves, and the way back is as long
+    if not name.startswith("fixed"):  # their covariance does not change, so both directions agree
         assert abs(there - back) > 1e-4 * back
 
 
@@ -626,7 +626,7 @@ def test_an_odd_number_of_logits_is_no_pair_of_policies():
 
 @pytest.mark.parametrize("rows", [4, 6])
 def test_batches_that_do_not_add_up_are_not_joined(rows):
-    """Fewer would leave states undefined, more would be lost."""
+    """With fewer rows some states would stay undefined, with more some would be lost."""
     batches = [(th.zeros(3), th.ones(3, 2)), (th.zeros(2), th.ones(2, 2))]
     with pytest.raises(ValueError, match=f"^the batches should have {rows} rows together$"):
         collect_rows(batches, rows)
@@ -652,7 +652,7 @@ def test_unknown_distributions(inner):
 
 
 def test_a_distribution_that_keeps_its_parts_elsewhere():
-    """As sb3-contrib's masked ones do, until the room that knows them is imported."""
+    """Such as sb3-contrib's masked distributions, until ``algorithms.maskable`` is imported and registers them."""
 
     class Elsewhere(MultiCategoricalDistribution):
         def proba_distribution(self, action_logits):

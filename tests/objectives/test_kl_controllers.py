@@ -1,4 +1,4 @@
-"""The controllers on numbers: they need neither torch (here only an oracle for Adam) nor an environment."""
+"""The KL controllers on plain numbers; torch is here only as an oracle for Adam."""
 
 import math
 import pickle
@@ -123,7 +123,7 @@ def test_proportional(kl, exponent, factor, expected):
 
 
 def test_the_square_root_is_exact_where_the_update_converges():
-    """There KL = c / beta^2. From nine times the target one step is enough; p = 1 swings around the target for ever."""
+    """With KL = c / beta^2, one step leads from nine times the target to the target; p = 1 oscillates for ever."""
 
     def divergences(exponent: float) -> list[float]:
         controller, kl_coef, seen = Proportional(exponent), 1.0, []
@@ -261,7 +261,7 @@ def test_what_it_remembers_in_a_list_is_copied_too():
 
 @pytest.mark.parametrize("controller", [AdaptiveRule(), FixedCoefficient(), Proportional()])
 def test_a_controller_without_a_memory_is_a_value(controller):
-    """Its exponent was checked when it was made, so it cannot be set; two that are equal are one key of a dict."""
+    """Controllers without a memory are frozen, so that a checked exponent stays valid, and hashable."""
     with pytest.raises(AttributeError):
         controller.exponent = 7.0
     assert {controller, type(controller)()} == {controller}

@@ -1,4 +1,4 @@
-"""The Gaussian whose covariance does not learn, against torch's Gaussians and SB3's."""
+"""The Gaussian with fixed covariance against torch's Gaussians and SB3's."""
 
 import math
 

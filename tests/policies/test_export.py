@@ -1,4 +1,4 @@
-"""Policies leave Python: torch.export, ONNX and `torch.compile` make the actions that `predict` makes."""
+"""Exported and compiled policies (torch.export, ONNX, `torch.compile`) make the same actions as `predict`."""
 
 import gymnasium as gym
 import numpy as np
@@ -38,12 +38,12 @@ CASES = {
     "Discrete": ("MlpPolicy", lambda: gym.make("CartPole-v1"), {}),
     "MultiDiscrete": ("MlpPolicy", SeveralChoices, {}),
 }
-#: Their own constants are all that these read: torch's distributions, which check their arguments, are not involved
+#: Cases with a fixed covariance, which use none of torch's distributions with their checks of arguments
 FIXED = ("one variance", "variances", "matrix", "images", "Dict")
 
 
 class Actor(th.nn.Module):
-    """What is exported: from an observation to the action, before it is clipped to the bounds."""
+    """Module to export: observation in, mean action out, before it is clipped to the bounds."""
 
     def __init__(self, policy: th.nn.Module) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class Actor(th.nn.Module):
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
     name, env, options = request.param, *CASES[request.param][1:]
-    # Put back after each test: the first thing that torch compiles in a process ends the checks of the arguments
+    # Restored after each test: torch.compile switches these checks off for the rest of the process
     monkeypatch.setattr(th.distributions.Distribution, "_validate_args", name in FIXED)
     model = PPOClip(CASES[name][0], env(), policy_kwargs=options, n_steps=16, batch_size=16, seed=0)
     with th.no_grad():
-        # Means of another size than a fresh policy's, some of them beyond the bounds
+        # Larger means than a fresh policy's, some of them beyond the bounds
         model.policy.action_net.weight.mul_(100)
     observation = model.get_env().reset()
     th.compiler.reset()
@@ -72,7 +72,7 @@ def clipped(model: PPOClip, actions: np.ndarray) -> np.ndarray:
     return np.clip(actions, space.low, space.high) if isinstance(space, spaces.Box) else actions
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, of torch's
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch warns of its own code
 def test_exported_policies_act_alike(case, tmp_path) -> None:
     model, observation, tensors = case
     expected, _ = model.predict(observation, deterministic=True)
@@ -91,7 +91,7 @@ def test_exported_policies_act_alike(case, tmp_path) -> None:
 
 
 def test_a_policy_is_one_graph(case) -> None:
-    """Compiled as a whole, acting greedily and by chance; SB3 itself branches on the bounds of what may be an image."""
+    """A policy compiles to one graph, except where SB3's preprocessing branches on the bounds of a possible image."""
     model, observation, tensors = case
     branches = isinstance(tensors, dict) or tensors.dim() == 4
     compiled = th.compile(model.policy, fullgraph=not branches, backend="eager")

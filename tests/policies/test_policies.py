@@ -188,7 +188,7 @@ def test_another_covariance_can_be_loaded(before, after):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_constants_are_other_tensors_only_if_they_have_changed(form):
-    """Whoever kept one, as the frozen old policy does, finds it unchanged, and in use as long as nothing has changed."""
+    """The old policy's parameters keep the constants: a constant is replaced if it changes, and never written in place."""
     policy = make(covariance=FORMS[form])
     before = {name: tensor for name, tensor in policy.named_buffers() if name != "covariance"}
     kept = [tensor.clone() for tensor in before.values()]
@@ -271,7 +271,7 @@ def test_the_file_of_a_learned_covariance_holds_what_was_learned(tmp_path):
     assert ((2 * learned).exp() - th.tensor([0.1, 0.5, 2.0])).abs().min() > 1e-3
     model.policy.save(tmp_path / "policy.pt")
     assert th.equal(MlpPolicy.load(tmp_path / "policy.pt").log_std, learned)
-    # What is built anew from the same arguments starts there, too
+    # A new policy with the same arguments starts there too
     th.testing.assert_close(MlpPolicy(**model.policy._get_constructor_parameters()).log_std, learned)
     model.save(tmp_path / "model.zip")
     assert th.equal(PPOClip.load(tmp_path / "model.zip").policy.log_std, learned)
@@ -289,7 +289,7 @@ def test_model_files(tmp_path, form):
 
 # --- schedules
 
-#: Each with the matrices that it stands for when all, half and nothing of the training remains
+#: Schedules, each with its covariances at a remaining progress of 1, 0.5 and 0
 SCHEDULES = {
     "LinearSchedule": (LinearSchedule(0.5, 0.1, 1.0), [np.eye(3) * variance for variance in (0.5, 0.3, 0.1)]),
     "LinearSchedule that ends early": (LinearSchedule(0.5, 0.1, 0.5), [np.eye(3) * variance for variance in (0.5, 0.1, 0.1)]),
@@ -304,7 +304,7 @@ SCHEDULES = {
 def test_a_schedule_reaches_the_distribution(name):
     schedule, matrices = SCHEDULES[name]
     policy = make(covariance=schedule)
-    check_density(policy, matrices[0])  # before anything is told
+    check_density(policy, matrices[0])  # before the first `update_covariance`
     for progress, matrix in zip((0.5, 0.0, 1.0), (*matrices[1:], matrices[0]), strict=True):
         policy.update_covariance(progress)
         check_density(policy, matrix)
@@ -353,7 +353,7 @@ def test_a_schedule_that_goes_wrong_half_way_leaves_the_covariance():
 
 @pytest.mark.parametrize("name", ["function", "one each", "full"])
 def test_the_divergence_between_two_moments_of_a_schedule_is_exact(name):
-    """Frozen at the start, compared at the end: against torch's, of distributions made from the matrices."""
+    """Between the parameters at two moments, against torch's divergence of distributions made from the matrices."""
     schedule, matrices = SCHEDULES[name]
     policy = make(covariance=schedule)
     with th.no_grad():
@@ -372,7 +372,7 @@ def test_the_divergence_between_two_moments_of_a_schedule_is_exact(name):
 
 
 class Diary(BaseCallback):
-    """Variances at the start of every rollout, at its end and at the end of training."""
+    """Records the variances at the start of every rollout, at its end and at the end of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -406,7 +406,7 @@ def test_training_follows_the_schedule_between_updates(algorithm_class):
     # All, three, two and one quarter of the training remain when a rollout starts: 0.1 + 0.4 p
     assert diary.seen == [(when, value) for value in (0.5, 0.4, 0.3, 0.2) for when in ("start", "end")] + [("trained", 0.2)]
     assert model.logger.name_to_value["train/std"] == pytest.approx(math.sqrt(0.2))
-    # A second training starts from the beginning, one that is continued from where all of it stands
+    # A second training starts the schedule again; a continued one goes on
     for reset, expected in ((True, [0.5, 0.3]), (False, [0.3, 0.2])):
         diary = Diary()
         model.learn(32, callback=diary, reset_num_timesteps=reset)
@@ -416,7 +416,7 @@ def test_training_follows_the_schedule_between_updates(algorithm_class):
 
 @pytest.mark.parametrize("name", ["function", "full"])
 def test_rollout_and_update_are_made_with_one_covariance(name):
-    """The densities in the buffer are those of the covariance after the update; the step of the schedule is no divergence."""
+    """The covariance changes between an update and the next rollout only, so a schedule alone makes no divergence."""
     model = scheduled(schedule=SCHEDULES[name][0], learning_rate=0.0).learn(32)
     buffer = model.rollout_buffer
     with th.no_grad():
@@ -457,7 +457,7 @@ def test_policy_files_keep_the_covariance_of_the_moment(tmp_path, name):
     loaded = MlpPolicy.load(tmp_path / "policy.pt")
     check_density(loaded, matrices[1])
     assert th.equal(loaded.covariance, policy.covariance)
-    loaded.update_covariance(0.0)  # without an algorithm there is no training to be scheduled
+    loaded.update_covariance(0.0)  # a policy file holds no schedule
     check_density(loaded, matrices[1])
 
 
@@ -485,7 +485,7 @@ def test_a_callback_can_tell_another_algorithms_policy():
 
 
 class Projection(FlattenExtractor):
-    """An extractor with weights of its own."""
+    """Features extractor with weights."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space)
