@@ -13,6 +13,7 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
+from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_fixed_diagonal, kl_fixed_full, parameters_of
 
 SelfFixedGaussian = TypeVar("SelfFixedGaussian", bound="FixedGaussianDistribution")
@@ -33,10 +34,9 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
     """
     try:
         values = np.array(covariance.tolist() if isinstance(covariance, th.Tensor) else covariance)
-    except ValueError as error:
-        raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}") from error
-    if values.dtype.kind not in "iuf":
-        raise ValueError(f"`covariance` must be a number, a list or a square matrix, got {covariance!r}")
+    except ValueError:  # rows of unequal lengths: refused below as any other object
+        values = np.array(None)
+    require(values.dtype.kind in "iuf", "covariance", covariance, "a number, a list or a square matrix")
     with np.errstate(over="ignore"):
         values = values.astype(np.float32).astype(np.float64)  # the policy holds float32
     if values.ndim == 0:
@@ -46,8 +46,7 @@ def covariance_tensor(covariance: Any, action_dim: int) -> th.Tensor:
             f"`covariance` must be one variance, {action_dim} variances or a {action_dim} x {action_dim} matrix "
             f"for this action space, got shape {values.shape}"
         )
-    if not np.isfinite(values).all():
-        raise ValueError(f"`covariance` must be finite, got {covariance!r}")
+    require(bool(np.isfinite(values).all()), "covariance", covariance, "finite")
     if values.ndim == 1 and (values <= 0).any():
         raise ValueError(f"`covariance` must be positive: a variance cannot be {values.min():g}")
     if values.ndim == 2:

@@ -19,6 +19,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.policies.distributions import (
     DEFAULT_VARIANCE,
     FixedGaussianDistribution,
@@ -105,8 +106,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
     ) -> None:
         # By name from here on, so that a positional `log_std_init` is found
         kwargs.update(zip(SB3_ARGUMENTS, args, strict=False))
-        if not isinstance(learn_covariance, bool):
-            raise ValueError(f"`learn_covariance` must be True or False, got {learn_covariance!r}")
+        require(isinstance(learn_covariance, bool), "learn_covariance", learn_covariance, "True or False")
         self.learn_covariance = learn_covariance
         if covariance is not None and "log_std_init" in kwargs:
             raise ValueError("`covariance` and `log_std_init` both set the starting spread: give one of them")
