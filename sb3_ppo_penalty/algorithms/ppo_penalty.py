@@ -16,7 +16,7 @@ from torch import nn
 from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm, passed_on
 from sb3_ppo_penalty.arguments import ArgumentError, as_number, require, require_number, schedule_at
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, UnknownDivergenceError
-from sb3_ppo_penalty.objectives.kl_controllers import KLController, KLReading, clamp, kl_thresholds, make_controller
+from sb3_ppo_penalty.objectives.kl_controllers import KLController, KLReading, clamp, kl_band, make_controller
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.objectives.losses import Drift, clipped_surrogate, surrogate
 from sb3_ppo_penalty.rollouts.rollout import Minibatch, Rollout
@@ -181,7 +181,7 @@ class PPOPenalty(ProximalAlgorithm):
         remaining = clamp(progress, (0.0, 1.0))
         target, kl_min, kl_max = (self._number_at(name, remaining) for name in ("target_kl", "kl_min", "kl_max"))
         target = PAPER_TARGET_KL if target is None else target
-        low, high = kl_thresholds(target, kl_min, kl_max)
+        low, high = kl_band(target, kl_min, kl_max)
         require(low <= high, "kl_max" if kl_min is None else "kl_min", (low, high), "such that kl_min <= kl_max")
         return target, low, high
 

@@ -17,7 +17,7 @@ from sb3_ppo_penalty.arguments import require, require_number
 PAPER_BAND = 1.5
 
 
-def kl_thresholds(target_kl: float, kl_min: float | None = None, kl_max: float | None = None) -> tuple[float, float]:
+def kl_band(target_kl: float, kl_min: float | None = None, kl_max: float | None = None) -> tuple[float, float]:
     """
     Return the two divergences between which the adaptive rule leaves the coefficient unchanged.
 

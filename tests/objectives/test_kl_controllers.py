@@ -14,7 +14,7 @@ from sb3_ppo_penalty.objectives.kl_controllers import (
     KLReading,
     Proportional,
     clamp,
-    kl_thresholds,
+    kl_band,
     make_controller,
     next_kl_coef,
     relative_kl,
@@ -27,13 +27,13 @@ def reading(kl: float, kl_coef: float = 1.0, target_kl: float = 0.01, factor: fl
 
 def test_the_papers_band():
     # 0.03 / 1.5 = 0.02, 0.03 * 1.5 = 0.045
-    assert kl_thresholds(0.03) == pytest.approx((0.02, 0.045))
+    assert kl_band(0.03) == pytest.approx((0.02, 0.045))
 
 
 def test_given_thresholds_come_first():
-    assert kl_thresholds(0.03, kl_min=0.001) == pytest.approx((0.001, 0.045))
-    assert kl_thresholds(0.03, kl_max=0.5) == pytest.approx((0.02, 0.5))
-    assert kl_thresholds(0.03, kl_min=0.0, kl_max=0.5) == (0.0, 0.5)
+    assert kl_band(0.03, kl_min=0.001) == pytest.approx((0.001, 0.045))
+    assert kl_band(0.03, kl_max=0.5) == pytest.approx((0.02, 0.5))
+    assert kl_band(0.03, kl_min=0.0, kl_max=0.5) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize(
