@@ -155,7 +155,7 @@ ORDINARY = {
     "compiled": (PPOPenalty, "MlpPolicy", pendulum, {"compile": True, "kl_controller": "proportional", "policy_kwargs": NET}),
     "clip": (PPOClip, "MlpPolicy", pendulum, {}),
     "clip, learned covariance": (PPOClip, "MlpPolicy", pendulum, {"policy_kwargs": {"learn_covariance": True, **NET}}),
-    "the document's recipe": (PPOClip, "MlpPolicy", pendulum, {**ARTICLE_RECIPE, "n_steps": 16, "batch_size": 16}),
+    "the article's recipe": (PPOClip, "MlpPolicy", pendulum, {**ARTICLE_RECIPE, "n_steps": 16, "batch_size": 16}),
     "SB3's policy, gSDE, schedules": (
         *(PPOClip, ActorCriticPolicy, pendulum),
         {
@@ -167,7 +167,7 @@ ORDINARY = {
     ),
     "images": (PPOClip, "CnnPolicy", pixels, {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 4}, **NET}}),
     "dicts": (PPOPenalty, "MultiInputPolicy", mixed, {"policy_kwargs": {"share_features_extractor": False, **NET}}),
-    "dicts, the document's buffer": (
+    "dicts, the article's buffer": (
         *(PPOPenalty, "MultiInputPolicy", mixed),
         {"rollout_buffer_class": RewardToGoDictRolloutBuffer},
     ),
@@ -609,6 +609,13 @@ def test_message_does_not_pass_on_control_characters(file: bytes, env) -> None:
     with pytest.raises(UnsafeFileError) as refusal:
         load(edited(file, **{"\x1b[2J\n\ud800": 1}), env)
     assert str(refusal.value).startswith("`?[2J??` must be left out")
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[0] * 6] * 6] * 6] * 6] * 6] * 6], ids=["text", "lists"])
+def test_message_shows_only_the_beginning_of_a_value(value: Any, file: bytes, env) -> None:
+    with pytest.raises(UnsafeFileError, match="^`gamma` must be ") as refusal:
+        load(edited(file, gamma=value), env)
+    assert len(str(refusal.value)) < 400
 
 
 # Values
