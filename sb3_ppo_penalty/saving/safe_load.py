@@ -176,6 +176,7 @@ def _arguments(cls: type[OnPolicyAlgorithm], entries: dict[str, Any], names: set
 
 
 def _plain(entry: str, value: Any) -> Any:
+    """Check that a value is None, a boolean, a number, or a list of at most eight numbers."""
     numbers = type(value) is list and len(value) <= 8 and all(type(each) in (int, float) for each in value)
     check(numbers or value is None or type(value) in (bool, int, float), entry, value, "a number, a few, or none")
     return value
@@ -197,6 +198,7 @@ def _number(entry: str, value: Any) -> float:
 
 
 def _nothing(entry: str, value: Any) -> None:
+    """Check that a dict of further arguments is empty."""
     check(value in ({}, None) and type(value) is not PickleDescription, entry, value, f"empty, or passed as `{entry}`")
 
 
@@ -298,18 +300,20 @@ def _class_by_text(classes: Sequence[type], entry: str, value: Any) -> type:
 
 
 def _plain_dict(entry: str, value: Any) -> Any:
+    """Check that a value is None or a dict of plain values."""
     check(value is None or type(value) is dict, entry, value, "a dict of numbers, or `policy_kwargs` passed")
     return value and {key: _plain(f"{entry}[{key!r}]", option) for key, option in value.items()}
 
 
 def _covariance(entry: str, value: Any) -> Any:
-    # Its values are checked where any covariance is
+    """Check that a covariance consists of numbers, also in lists; the policy checks the numbers themselves."""
     if type(value) is list:
         return [_covariance(entry, each) for each in value]
     return value if value is None else _number(entry, value)
 
 
 def _net_arch(entry: str, value: Any) -> Any:
+    """Check the widths of the layers, of both networks together or of the actor's and the critic's."""
     networks = value if type(value) is dict else {"pi": [] if value is None else value}
     allowed = f"the widths of at most {MOST_LAYERS} layers, also as `pi` and `vf`"
     for name, widths in networks.items():
@@ -342,13 +346,7 @@ KWARG_READERS: dict[str, Reader] = {
 
 
 def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], max_bytes: int) -> None:
-    """
-    Check that the rollout buffer that a file asks for is not too large.
-
-    :param env: gives the size of a transition
-    :param arguments: of the constructor; they give the number of transitions
-    :param max_bytes: largest size of the buffer
-    """
+    """Check that the rollout buffer that a file asks for takes at most ``max_bytes``."""
     if "n_steps" not in arguments:
         return
     require_integer("n_steps", arguments["n_steps"], 1)
@@ -386,13 +384,7 @@ def _policy_of_at_most(limit: int) -> Iterator[None]:
 
 
 def _restore_number(model: OnPolicyAlgorithm, name: str, value: Any) -> None:
-    """
-    Put back a count or another number that changes during training.
-
-    :param model: new; it tells what numbers there are
-    :param name: of the entry
-    :param value: from the file
-    """
+    """Set a number that changes during training, such as a count, on a new model, which tells what numbers there are."""
     fresh: Any = vars(model).get(name)
     known = type(fresh) in (bool, int, float) and name not in model._excluded_save_params()
     check(known, name, value, f"left out: it is none of the numbers of {type(model).__name__}")
@@ -404,12 +396,7 @@ def _restore_number(model: OnPolicyAlgorithm, name: str, value: Any) -> None:
 
 
 def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
-    """
-    Load the weights and the optimizer's moments after checking them against those of a new model.
-
-    :param model: new; it tells names, shapes and types
-    :param saved: contents of the file
-    """
+    """Load weights and the optimizer's moments into a new model, which tells their names, shapes and types."""
     policy = model.policy
     with refusing("policy.pth"):
         own, found = policy.state_dict(), saved.policy if isinstance(saved.policy, dict) else {}
@@ -424,14 +411,7 @@ def _restore_tensors(model: OnPolicyAlgorithm, saved: SavedModel) -> None:
 
 
 def _checked_values(entry: str, found: Any, expected: dict[str, Any]) -> dict[str, Any]:
-    """
-    Copy tensors from a file if they have the names, shapes and types of a new model's.
-
-    :param entry: name for messages
-    :param found: tensors by name, and other values
-    :param expected: those of a new model
-    :return: copies by name
-    """
+    """Copy tensors by name from a file if they have the names, shapes and types of those that are expected."""
     check(isinstance(found, dict) and all(type(name) is str for name in found), entry, type(found), "tensors by name")
     for name in sorted(found.keys() ^ expected.keys()):
         check(name in found, f"{entry}: {name}", None, "in the file")
@@ -440,15 +420,7 @@ def _checked_values(entry: str, found: Any, expected: dict[str, Any]) -> dict[st
 
 
 def _checked_value(entry: str, name: str, found: Any, expected: Any) -> Any:
-    """
-    Copy a tensor from a file, or a number or None, which some optimizers keep beside their tensors.
-
-    :param entry: name for messages
-    :param name: name of the value
-    :param found: value in the file
-    :param expected: value of a new model
-    :return: a copy
-    """
+    """Copy a tensor from a file, or a number or None, which some optimizers keep beside their tensors."""
     kind = th.Tensor if isinstance(expected, th.Tensor) else type(expected)
     check(type(found) is kind, entry, type(found), f"a {kind.__name__}")
     if isinstance(expected, th.Tensor):
