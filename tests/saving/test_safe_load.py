@@ -613,7 +613,7 @@ def test_message_does_not_pass_on_control_characters(file: bytes, env) -> None:
 
 @pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[0] * 6] * 6] * 6] * 6] * 6] * 6], ids=["text", "lists"])
 def test_message_shows_only_the_beginning_of_a_value(value: Any, file: bytes, env) -> None:
-    with pytest.raises(UnsafeFileError, match="^`gamma` must be ") as refusal:
+    with pytest.raises(UnsafeFileError, match=r"^`gamma` must be ") as refusal:
         load(edited(file, gamma=value), env)
     assert len(str(refusal.value)) < 400
 
