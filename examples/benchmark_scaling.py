@@ -47,7 +47,7 @@ NETWORKS: dict[str, tuple[float, float] | None] = {
 ALGORITHMS = ("ring", "tree")
 
 
-class Turns:
+class TimedTraining:
     """
     A training, timed rollout by rollout.
 
@@ -85,7 +85,7 @@ def measure_trainings(ranks: Ranks, options: argparse.Namespace) -> list[dict[st
         env = make_vec_env(options.env, n_envs)
         sizes = {"n_steps": max(options.rollout // n_envs, 1), "batch_size": options.batch_size}
         model = PPOPenalty("MlpPolicy", env, seed=0, device="cpu", compile=options.compile, **sizes)
-        turn = Turns(model)
+        turn = TimedTraining(model)
         steps = ranks.size * n_envs * model.n_steps
         turns = np.array([turn(steps) for _ in range(options.repetitions + 1)])[1:]
         collect, update = np.median(turns, axis=0)
@@ -117,7 +117,7 @@ def measure_all_reduce(repetitions: int, sizes: Sequence[int]) -> list[dict[str,
     return rows
 
 
-def work(options: argparse.Namespace) -> None:
+def measure_in_worker(options: argparse.Namespace) -> None:
     """
     What runs in each process that is measured.
 
@@ -147,7 +147,7 @@ def measure(size: int, arguments: Sequence[str]) -> dict[str, list[dict[str, flo
 
 
 @dataclass(frozen=True)
-class Model:
+class TimeModel:
     """
     What the plan is made of. All in seconds; fitted by least squares, what would be negative to 0.
 
@@ -206,7 +206,7 @@ class Model:
         return self.iteration_s(row, 1, algorithm) / self.iteration_s(row, ranks, algorithm)
 
 
-def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """
     Least squares on the relative error: small and large values count the same.
 
@@ -224,25 +224,25 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(intercept), float(slope)
 
 
-def fitted(one: list[dict[str, float]], two: list[dict[str, float]], all_reduce: list[dict[str, float]]) -> Model:
+def fit_model(one: list[dict[str, float]], two: list[dict[str, float]], all_reduce: list[dict[str, float]]) -> TimeModel:
     """
     :param one: trainings of one process
     :param two: of two
     :param all_reduce: between two
     :return: the model
     """
-    step_s, env_s = line([row["n_envs"] for row in one], [row["collect_s"] / row["n_steps"] for row in one])
+    step_s, env_s = fit_line([row["n_envs"] for row in one], [row["collect_s"] / row["n_steps"] for row in one])
     # Of two processes: two messages one after the other, of half the vector each
-    intercept, slope = line([row["bytes"] for row in all_reduce], [row["seconds"] for row in all_reduce])
+    intercept, slope = fit_line([row["bytes"] for row in all_reduce], [row["seconds"] for row in all_reduce])
     spread = statistics.median(row["collect_std_s"] / row["collect_s"] for row in one)
     alone = statistics.median(row["update_s"] / row["minibatches"] for row in one)
     together = statistics.median(row["update_s"] / row["minibatches"] for row in two)
-    model = Model(step_s, env_s, spread, alone, 0.0, intercept / 2, slope)
+    model = TimeModel(step_s, env_s, spread, alone, 0.0, intercept / 2, slope)
     shared = max(together - alone - model.all_reduce_s(2, one[0]["gradient_bytes"], "ring"), 0.0)
-    return Model(step_s, env_s, spread, alone, shared, intercept / 2, slope)
+    return TimeModel(step_s, env_s, spread, alone, shared, intercept / 2, slope)
 
 
-def measured_table(one: list[dict[str, float]], two: list[dict[str, float]], model: Model) -> list[str]:
+def measured_table(one: list[dict[str, float]], two: list[dict[str, float]], model: TimeModel) -> list[str]:
     """
     :param one: trainings of one process
     :param two: of two
@@ -261,7 +261,7 @@ def measured_table(one: list[dict[str, float]], two: list[dict[str, float]], mod
     return lines
 
 
-def plan_table(row: dict[str, float], model: Model) -> list[str]:
+def plan_table(row: dict[str, float], model: TimeModel) -> list[str]:
     """
     :param row: a measured training: its sizes
     :param model: fitted
@@ -271,7 +271,7 @@ def plan_table(row: dict[str, float], model: Model) -> list[str]:
     lines.append("|---|---|" + "---|" * len(PLANNED))
     for name, network in NETWORKS.items():
         latency_s, byte_s = network or (model.latency_s, model.byte_s)
-        there = Model(**{**vars(model), "latency_s": latency_s, "byte_s": byte_s})
+        there = TimeModel(**{**vars(model), "latency_s": latency_s, "byte_s": byte_s})
         for algorithm in ALGORITHMS:
             cells = [f"{there.efficiency(row, ranks, algorithm):.2f}" for ranks in PLANNED]
             lines.append("| " + " | ".join([name, algorithm, *cells]) + " |")
@@ -299,7 +299,7 @@ def report(found: dict[int, dict[str, list[dict[str, float]]]], command: str) ->
     :return: in Markdown
     """
     one, two, all_reduce = found[1]["trainings"], found[2]["trainings"], found[2]["all_reduce"]
-    model = fitted(one, two, all_reduce)
+    model = fit_model(one, two, all_reduce)
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, Python {platform.python_version()}"
     largest = one[-1]
     bytes_ = f"{largest['gradient_bytes']:,.0f}"
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.worker:
-        work(options)
+        measure_in_worker(options)
         return
     found = {size: measure(size, given) for size in (1, 2)}
     options.out.mkdir(parents=True, exist_ok=True)

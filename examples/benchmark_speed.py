@@ -51,7 +51,7 @@ CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
 COLUMNS = ["part", "case", "contender", "steps_per_second", "ratio", "collect_ratio", "update_ratio", "compilation_s"]
 
 
-class Still(gym.Env[Any, Any]):
+class CheapEnv(gym.Env[Any, Any]):
     """
     An environment that costs nothing, with as many actions as asked for.
 
@@ -85,7 +85,7 @@ def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]
     return {**CONTENDERS, "SBX PPO": (sbx.PPO, {})}
 
 
-class Turns:
+class TimedTraining:
     """
     One contender, timed rollout by rollout.
 
@@ -114,7 +114,9 @@ class Turns:
         self.turns.append((time.perf_counter() - start - self.update_s, self.update_s))
 
 
-def case(part: str, name: str, env: Any, repetitions: int, names: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+def run_case(
+    part: str, name: str, env: Any, repetitions: int, names: Sequence[str] = (), **options: Any
+) -> list[dict[str, Any]]:
     """
     Let the contenders take turns.
 
@@ -128,7 +130,7 @@ def case(part: str, name: str, env: Any, repetitions: int, names: Sequence[str] 
     """
     n_envs = options.pop("n_envs", 4)
     runs = {
-        key: Turns(algorithm, env, n_envs, device="cpu", **{**options, **own})
+        key: TimedTraining(algorithm, env, n_envs, device="cpu", **{**options, **own})
         for key, (algorithm, own) in contenders().items()
         if not names or key in names
     }
@@ -185,7 +187,7 @@ def main_part(repetitions: int) -> list[dict[str, Any]]:
     :param repetitions: turns
     :return: Pendulum with SB3's defaults and four environments
     """
-    return case("main", "Pendulum-v1, n_envs 4, batch 64", "Pendulum-v1", repetitions)
+    return run_case("main", "Pendulum-v1, n_envs 4, batch 64", "Pendulum-v1", repetitions)
 
 
 def grid_part(repetitions: int) -> list[dict[str, Any]]:
@@ -199,7 +201,7 @@ def grid_part(repetitions: int) -> list[dict[str, Any]]:
             for batch_size in (64, 256, 2048):
                 name = f"{env}, n_envs {n_envs}, batch {batch_size}"
                 options = {"n_envs": n_envs, "n_steps": 4096 // n_envs, "batch_size": batch_size}
-                rows += case("grid", name, env, repetitions, **options)
+                rows += run_case("grid", name, env, repetitions, **options)
     return rows
 
 
@@ -213,15 +215,17 @@ def scale_part(repetitions: int) -> list[dict[str, Any]]:
     names = [name for name in CONTENDERS if "Clip" not in name]
     for width in (64, 256, 1024):
         kwargs = {"net_arch": [width, width]}
-        rows += case("scale", f"width {width}", lambda: Still(4), repetitions, names, policy_kwargs=kwargs, **options)
+        rows += run_case("scale", f"width {width}", lambda: CheapEnv(4), repetitions, names, policy_kwargs=kwargs, **options)
     for action_dim in (1, 8, 64):
-        rows += case("scale", f"{action_dim} actions", lambda dim=action_dim: Still(dim), repetitions, names, **options)
+        rows += run_case("scale", f"{action_dim} actions", lambda dim=action_dim: CheapEnv(dim), repetitions, names, **options)
         CONTENDERS["PPOPenalty, full covariance"] = (
             PPOPenalty,
             {"policy_kwargs": {"covariance": np.eye(action_dim).tolist()}},
         )
         full = [*names[:1], "PPOPenalty, full covariance"]
-        rows += case("scale", f"{action_dim} actions", lambda dim=action_dim: Still(dim), repetitions, full, **options)[1:]
+        rows += run_case("scale", f"{action_dim} actions", lambda dim=action_dim: CheapEnv(dim), repetitions, full, **options)[
+            1:
+        ]
     return rows
 
 

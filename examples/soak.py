@@ -73,7 +73,7 @@ class Row:
     files: int
 
 
-class Watch(BaseCallback):
+class KLRecorder(BaseCallback):
     """
     Notes the KL and the coefficient after every update, and ends training when the time is over.
 
@@ -105,7 +105,7 @@ def make_env() -> VecEnv:
     return VecNormalize(VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * N_ENVS)))
 
 
-def same(one: PPOPenalty, other: PPOPenalty) -> bool:
+def equal_models(one: PPOPenalty, other: PPOPenalty) -> bool:
     """
     :param one: a model
     :param other: the same, loaded
@@ -142,20 +142,20 @@ def soak(options: argparse.Namespace) -> list[Row]:
         if not reset:
             model, _ = resume(latest_checkpoint(options.out / "checkpoints"), make_env(), checkpoints)
         model.set_logger(silent)
-        watch = Watch(60 * options.minutes / options.learn_calls)
+        recorder = KLRecorder(60 * options.minutes / options.learn_calls)
         before, updates = 0 if reset else model.num_timesteps, model._n_updates
-        model.learn(10**9, [watch, checkpoints], reset_num_timesteps=reset)
+        model.learn(10**9, [recorder, checkpoints], reset_num_timesteps=reset)
         while cycles < options.cycles * call // options.learn_calls:
             cycles += 1
             model.save(options.out / "model")
             loaded = PPOPenalty.load(options.out / "model", env=model.get_env())
-            if not same(model, loaded):
+            if not equal_models(model, loaded):
                 raise RuntimeError(
                     f"after {model.num_timesteps} steps of call {call} the loaded model differs from the saved one"
                 )
             model = loaded
         gc.collect()
-        figures = [min(watch.kls), max(watch.kls), min(watch.kl_coefs), max(watch.kl_coefs)]
+        figures = [min(recorder.kls), max(recorder.kls), min(recorder.kl_coefs), max(recorder.kl_coefs)]
         done = model.num_timesteps - before, (model._n_updates - updates) // model.n_epochs
         rows.append(Row(call, reset, *done, *figures, cycles, round(resident_mib(), 2), len(os.listdir("/proc/self/fd"))))
     return rows

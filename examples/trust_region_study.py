@@ -23,7 +23,7 @@ import pandas as pd
 from sb3_ppo_penalty import ROBUST
 from sb3_ppo_penalty.study import cli, grid, results
 from sb3_ppo_penalty.study.algorithms import BASELINE
-from sb3_ppo_penalty.study.report import NONE, markdown, number, with_interval
+from sb3_ppo_penalty.study.report import NO_VALUE, format_interval, format_number, markdown
 from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
 
 
@@ -90,7 +90,7 @@ DIAGNOSTICS = {
 OVERVIEWS = {"Final return, without noise": "final_return", "Return with noise, last batch": "last_batch_return"}
 
 
-def words_of(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
+def compare_arguments(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
     """
     :param env: id of the environment
     :param names: of variants
@@ -109,7 +109,7 @@ def words_of(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list
     return [*words, "--n-jobs", str(chosen.n_jobs)]
 
 
-def measured(comparison: grid.Comparison) -> pd.DataFrame:
+def measure_algorithms(comparison: grid.Comparison) -> pd.DataFrame:
     """
     :param comparison: finished
     :return: a row for each algorithm: what it came to, and what its updates looked like in the end
@@ -130,15 +130,15 @@ def measured(comparison: grid.Comparison) -> pd.DataFrame:
     return rows.reset_index()
 
 
-def cell(value: float) -> str:
+def format_figure(value: float) -> str:
     """
     :param value: of a diagnostic
     :return: with three significant digits; a dash where nothing was logged
     """
-    return f"{value:.3g}" if np.isfinite(value) else NONE
+    return f"{value:.3g}" if np.isfinite(value) else NO_VALUE
 
 
-def short(algo: str) -> str:
+def variant_name(algo: str) -> str:
     """
     :param algo: name of an algorithm
     :return: of a penalty, the variant's name alone
@@ -154,10 +154,16 @@ def table(rows: pd.DataFrame) -> str:
     headers = ["", "final return", "with noise, last batch", f"P(better than {BASELINE})", *DIAGNOSTICS.values()]
     lines = []
     for _, row in rows.iterrows():
-        better = number(row.get("improvement", np.nan), 2)
-        figures = [cell(row[diagnostic]) for diagnostic in DIAGNOSTICS]
+        better = format_number(row.get("improvement", np.nan), 2)
+        figures = [format_figure(row[diagnostic]) for diagnostic in DIAGNOSTICS]
         lines.append(
-            [short(row["algo"]), with_interval(row, "final_return"), with_interval(row, "last_batch_return"), better, *figures]
+            [
+                variant_name(row["algo"]),
+                format_interval(row, "final_return"),
+                format_interval(row, "last_batch_return"),
+                better,
+                *figures,
+            ]
         )
     return markdown(headers, lines)
 
@@ -170,7 +176,7 @@ def overview(rows: pd.DataFrame, column: str) -> str:
     """
     envs = list(dict.fromkeys(rows["env"]))
     figures = rows.pivot(index="algo", columns="env", values=column).reindex(dict.fromkeys(rows["algo"]))
-    lines = [[short(str(algo)), *(number(row[env]) for env in envs)] for algo, row in figures.iterrows()]
+    lines = [[variant_name(str(algo)), *(format_number(row[env]) for env in envs)] for algo, row in figures.iterrows()]
     return markdown(["", *(env.split("-")[0] for env in envs)], lines)
 
 
@@ -210,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     comparisons = []
     for env in chosen.envs:
-        words = words_of(env, chosen.variants, chosen)
+        words = compare_arguments(env, chosen.variants, chosen)
         print(f"\n{shlex.join(words)}", flush=True)
         if cli.main(words):
             raise SystemExit(f"{env}: a run failed, see above")
         comparisons.append(cli.build_comparison(cli.build_parser().parse_args(words), ""))
-        rows = pd.concat([measured(comparison) for comparison in comparisons], ignore_index=True)
+        rows = pd.concat([measure_algorithms(comparison) for comparison in comparisons], ignore_index=True)
         write(rows, comparisons, chosen.out)
     print((chosen.out / "summary.md").read_text())
 

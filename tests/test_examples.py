@@ -388,7 +388,7 @@ def test_speed_is_reported_as_ratios_without_the_compilation(monkeypatch, tmp_pa
     known = {"stock PPO": (Clocked, {}), "other, compiled": (Clocked, {"slowness": 0.5, "compilation": 11.0})}
     monkeypatch.setattr(script, "contenders", lambda: known)
     monkeypatch.setattr(script.time, "perf_counter", lambda: Clocked.now)
-    rows = script.case("main", "a case", "Pendulum-v1", 3)
+    rows = script.run_case("main", "a case", "Pendulum-v1", 3)
     assert [row["contender"] for row in rows] == list(known)
     figures = [[row[name] for name in script.COLUMNS[3:]] for row in rows]
     assert figures == [[5, 1.0, 1.0, 1.0, 0.0], [10, 2.0, 2.0, 2.0, 11.0]]
@@ -401,7 +401,7 @@ def test_speed_is_reported_as_ratios_without_the_compilation(monkeypatch, tmp_pa
 def test_speed_is_that_of_the_real_algorithms() -> None:
     script = script_module("benchmark_speed")
     options = {"n_steps": 32, "batch_size": 16, "n_envs": 2}
-    rows = script.case("main", "a case", lambda: script.Still(3), 2, ["stock PPO", "PPOPenalty"], **options)
+    rows = script.run_case("main", "a case", lambda: script.CheapEnv(3), 2, ["stock PPO", "PPOPenalty"], **options)
     assert [(row["contender"], row["ratio"]) for row in rows if row["contender"] == "stock PPO"] == [("stock PPO", 1.0)]
     assert all(0 < row["steps_per_second"] < 1e6 and row["ratio"] > 0 for row in rows)
 
@@ -440,7 +440,7 @@ def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
 
 def test_scaling_model_recovers_what_made_the_figures() -> None:
     script = script_module("benchmark_scaling")
-    known = script.Model(200e-6, 20e-6, 0.1, 1e-3, 300e-6, 50e-6, 2e-9)
+    known = script.TimeModel(200e-6, 20e-6, 0.1, 1e-3, 300e-6, 50e-6, 2e-9)
     sizes = {"minibatches": 320.0, "gradient_bytes": 40_000.0}
     one, two = [], []
     for n_envs in (1, 4, 16, 64):
@@ -450,7 +450,7 @@ def test_scaling_model_recovers_what_made_the_figures() -> None:
         # Two messages of 20,000 bytes: 2 * (50e-6 + 40e-6) on top
         two.append({**row, "update_s": 320 * (1e-3 + 300e-6 + 180e-6)})
     sums = [{"bytes": size, "seconds": 2 * 50e-6 + size * 2e-9} for size in (1e3, 1e5, 1e7)]
-    assert vars(script.fitted(one, two, sums)) == pytest.approx(vars(known), rel=1e-6)
+    assert vars(script.fit_model(one, two, sums)) == pytest.approx(vars(known), rel=1e-6)
     # By hand: 14 messages of 5,000 bytes in a ring of 8; 6 latencies up and down a tree, and every byte twice
     assert known.all_reduce_s(8, 40_000, "ring") == pytest.approx(14 * (50e-6 + 5_000 * 2e-9))
     assert known.all_reduce_s(8, 40_000, "tree") == pytest.approx(6 * 50e-6 + 2 * 40_000 * 2e-9)
@@ -461,7 +461,7 @@ def test_scaling_model_recovers_what_made_the_figures() -> None:
 
 
 def test_scaling_fits_no_negative_times() -> None:
-    line = script_module("benchmark_scaling").line
+    line = script_module("benchmark_scaling").fit_line
     assert line([1, 2, 4], [3, 5, 9]) == pytest.approx((1, 2))
     assert line([1, 2, 4], [1, 3, 7]) == (0, pytest.approx(1.2638, abs=1e-4))
     assert line([1, 2, 4], [7, 3, 1]) == (pytest.approx(1.3046, abs=1e-4), 0)

@@ -27,15 +27,15 @@ BASELINE = "ppo"
 #: Has no Zoo entry: its settings are ``sb3_ppo_penalty.ARTICLE_RECIPE``
 ARTICLE = "ppo_article"
 #: Those whose Zoo entries come with this package and suit its policies
-OWN = ("ppo_penalty", "ppo_clip")
+TUNED_ALGORITHMS = ("ppo_penalty", "ppo_clip")
 
 #: Stands between an algorithm and the name of a variant of it: ``ppo_penalty+dual``
-PLUS = "+"
+VARIANT_SEPARATOR = "+"
 
 
-def base(name: str) -> str:
+def base_algorithm(name: str) -> str:
     """
     :param name: of an algorithm or of a variant of one
     :return: the algorithm's, a key of :data:`ALGORITHMS` if there is such an algorithm
     """
-    return name.partition(PLUS)[0]
+    return name.partition(VARIANT_SEPARATOR)[0]

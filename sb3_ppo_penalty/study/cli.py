@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sb3_ppo_penalty import zoo
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS, OWN
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, TUNED_ALGORITHMS
 
 if TYPE_CHECKING:
     from sb3_ppo_penalty.study.execution import Backend
@@ -28,7 +28,7 @@ FIRST_LOOK, FULL = (2, 80_000), (10, 100_000)
 EVALUATIONS = 20
 PROGRAM = "python -m sb3_ppo_penalty compare"
 #: Of an algorithm or of a variant of one
-NAME = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
+ALGORITHM_PATTERN = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
 EPILOG = f"""\
 settings:
   ppo_penalty and ppo_clip take this package's tuned entry for the environment, ppo and trpo RL Zoo's. Other entries:
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hyperparams", nargs="+", default=[], metavar="[ALGO:]KEY=VALUE", help="overwrite single hyperparameters")
     same = "every algorithm gets this package's fixed-covariance policy, and all settings that are not its objective's, from "
     same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_article stays as it is"
-    add("--same-policy", nargs="?", const="ppo_clip", choices=OWN, metavar="ALGO", help=same)
+    add("--same-policy", nargs="?", const="ppo_clip", choices=TUNED_ALGORITHMS, metavar="ALGO", help=same)
     add("--threshold", type=float, metavar="R", help="return to be reached (default: -200 for Pendulum-v1, else Gymnasium's)")
     add(
         "--eval-freq", type=_positive, metavar="N", help=f"steps between evaluations (default: a {EVALUATIONS}th of the steps)"
@@ -101,7 +101,7 @@ def _algorithm(text: str) -> str:
     :param text: of the command line
     :return: an algorithm's name, or one with that of a variant behind it
     """
-    if not re.fullmatch(NAME, text):
+    if not re.fullmatch(ALGORITHM_PATTERN, text):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(ALGORITHMS)}, or one of them and +NAME, got {text}")
     return text
 
@@ -136,7 +136,7 @@ def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str,
     """
     pairs: list[tuple[str, str]] = []
     for word in words:
-        named = re.fullmatch(rf"({NAME}):(.+)", word)
+        named = re.fullmatch(rf"({ALGORITHM_PATTERN}):(.+)", word)
         if named and named[1] not in algos:
             raise ValueError(f"{word}: {named[1]} is not among --algos {' '.join(algos)}")
         pairs += [(named[1], named[2])] if named else [(algo, word) for algo in algos]
@@ -150,7 +150,7 @@ def read_overrides(words: Sequence[str], algos: Sequence[str]) -> dict[str, dict
     :return: hyperparameters by algorithm
     :raises ValueError: for a word that is none of these, or that another argument is for
     """
-    from sb3_ppo_penalty.study.grid import literal
+    from sb3_ppo_penalty.study.grid import parse_value
 
     overrides: dict[str, dict[str, Any]] = {algo: {} for algo in algos}
     for algo, word in split_by_algo(words, algos):
@@ -161,7 +161,7 @@ def read_overrides(words: Sequence[str], algos: Sequence[str]) -> dict[str, dict
             )
         if key == "n_timesteps":
             raise ValueError(f"--hyperparams {word}: all runs are equally long, see --n-timesteps")
-        overrides[algo][key] = literal(value)
+        overrides[algo][key] = parse_value(value)
     return overrides
 
 
@@ -207,17 +207,17 @@ def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison
     donor = arguments.same_policy
     conf_files = dict(split_by_algo(arguments.conf_file, [*algos, *([donor] if donor else [])]))
     overrides = read_overrides(arguments.hyperparams, algos)
-    settings = grid.work_out_settings(algos, task, conf_files, overrides, donor)
+    settings = grid.resolve_settings(algos, task, conf_files, overrides, donor)
     name = arguments.env.split("/")[-1].rpartition("-v")[0].lower() or arguments.env.lower()
     out = Path(arguments.out or f"runs/{name}{'-same-policy' if donor else ''}")
     threshold = arguments.threshold
     if threshold is None:
         threshold = grid.THRESHOLDS.get(arguments.env, gym.spec(arguments.env).reward_threshold)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    return grid.Comparison(grid.plan(settings, task, seeds), task, settings, out, threshold, donor, command)
+    return grid.Comparison(grid.plan_runs(settings, task, seeds), task, settings, out, threshold, donor, command)
 
 
-def backend_named(name: str) -> "Backend":
+def load_backend(name: str) -> "Backend":
     """
     :param name: of the command line
     :return: where the runs are performed
@@ -242,16 +242,16 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     :return: exit code: 1 if a run failed
     """
     from sb3_ppo_penalty.study.execution import execute
-    from sb3_ppo_penalty.study.report import caveats, other_source, table, write
+    from sb3_ppo_penalty.study.report import caveats, source_warning, table, write
     from sb3_ppo_penalty.study.results import read, sources
 
     before = sources(comparison.runs, comparison.out)
     say(f"{len(comparison.runs)} runs, {len(before)} of them finished before, in {comparison.out}")
-    warning = other_source(before)
+    warning = source_warning(before)
     # Where nothing is left to do, the caveats say so at once
     if warning and len(before) < len(comparison.runs):
         say(f"Warning: {warning}")
-    errors = execute(comparison.runs, comparison.out, n_jobs, backend_named(backend))
+    errors = execute(comparison.runs, comparison.out, n_jobs, load_backend(backend))
     results = read(comparison.runs, comparison.out, comparison.threshold)
     if results.algos:
         write(comparison, results, errors)

@@ -59,13 +59,13 @@ def unfinished_folders(out: Path, name: str = "") -> list[Path]:
     return sorted((out / RUNS).glob(f".{name}*"))
 
 
-def attempt(run: Run, out: Path, waiting: int) -> Outcome:
+def attempt(run: Run, out: Path, parent_pid: int) -> Outcome:
     """
     Perform a run in a hidden folder that takes its name at the end, in one step.
 
     :param run: what to train
     :param out: the comparison's folder
-    :param waiting: id of the process that waits for it
+    :param parent_pid: id of the process that waits for it
     :return: an error of the run's is reported, not raised
     """
     folder, final = out / RUNS / f".{run.name}.{os.getpid()}", out / RUNS / run.name
@@ -73,7 +73,7 @@ def attempt(run: Run, out: Path, waiting: int) -> Outcome:
     log = out / RUNS / f".{run.name}.{os.getpid()}.{LOG}"
     try:
         with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
-            perform(run, folder, waiting if waiting != os.getpid() else None)
+            perform(run, folder, parent_pid if parent_pid != os.getpid() else None)
         os.replace(log, folder / LOG)
         if not final.exists():  # a run that is finished is never overwritten
             os.rename(folder, final)
@@ -97,7 +97,7 @@ def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> di
     """
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / FAILURES, ignore_errors=True)
-    clear(out)
+    remove_unfinished(out)
     runs = list(runs)
     remaining = [run for run in runs if not is_finished(run, out)]
     errors = {}
@@ -113,7 +113,7 @@ def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> di
     return errors
 
 
-def clear(out: Path) -> None:
+def remove_unfinished(out: Path) -> None:
     """
     :param out: the comparison's folder: what runs that were broken off have left goes
     """

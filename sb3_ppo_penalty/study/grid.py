@@ -21,11 +21,11 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 import sb3_ppo_penalty
 from sb3_ppo_penalty import ARTICLE_RECIPE, zoo
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, OWN, base
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, TUNED_ALGORITHMS, base_algorithm
 
 #: The tutorial's batch, which the article's recipe fills up to whole episodes
 ARTICLE_BATCH = 2048
-#: Settings that make the objective; every other one is the policy's, the critic's or the optimizer's
+#: AlgorithmSettings that make the objective; every other one is the policy's, the critic's or the optimizer's
 OBJECTIVE_SETTINGS = {
     *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
     *("kl_controller", "kl_penalty", "guard"),
@@ -39,18 +39,18 @@ THRESHOLDS = {"Pendulum-v1": -200.0}
 #: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
 #: that on Pendulum-v1 the best possible mean over the first 50 starts, and over the first 1,000, is within 0.3 of the one over
 #: all starts (dynamic programming): a gap to the optimum is then no luck with the starts
-STARTS_SEED = 1_036_000
+EVALUATION_SEED = 1_036_000
 #: Environments side by side in an evaluation, and episodes of each evaluation during training
 EVALUATION_ENVS = 50
 #: Whose versions decide a result, where they are installed
-DECIDING_PACKAGES = (
+RECORDED_PACKAGES = (
     *("sb3-ppo-penalty", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy"),
     *("mujoco", "box2d", "ale-py"),
 )
 
 
 @dataclass(frozen=True)
-class Settings:
+class AlgorithmSettings:
     """
     What one algorithm is run with.
 
@@ -112,7 +112,7 @@ class Run:
     @cached_property
     def settings(self) -> str:
         """All of it, and how every run is evaluated, as JSON with sorted keys; classes by their names."""
-        evaluation = {"starts_seed": STARTS_SEED, "n_envs": EVALUATION_ENVS}
+        evaluation = {"starts_seed": EVALUATION_SEED, "n_envs": EVALUATION_ENVS}
         return json.dumps({**asdict(self), "evaluation": evaluation}, default=qualified_name, sort_keys=True, indent=1)
 
     @cached_property
@@ -135,7 +135,7 @@ class Comparison:
 
     runs: list[Run]
     task: Task
-    settings: dict[str, Settings]
+    settings: dict[str, AlgorithmSettings]
     out: Path
     threshold: float | None
     donor: str | None
@@ -165,7 +165,7 @@ def installed_versions(gym_packages: Sequence[str] = ()) -> dict[str, str]:
     providers = packages_distributions() if gym_packages else {}
     named = [name for module in gym_packages for name in providers.get(module.partition(".")[0], [])]
     found = {}
-    for package in (*DECIDING_PACKAGES, *named):
+    for package in (*RECORDED_PACKAGES, *named):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -220,7 +220,7 @@ def closest_entry(entries: Mapping[str, Any], env: str) -> str:
     raise ValueError(f"has an entry neither for {env} nor `default`")
 
 
-def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
+def zoo_settings(algo: str, env: str, conf_file: str | None) -> AlgorithmSettings:
     """
     :param algo: name of the algorithm
     :param env: id of the environment
@@ -228,8 +228,8 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
     :return: the closest entry
     :raises ValueError: if the file cannot be read or has none
     """
-    own = base(algo) in OWN
-    path = (zoo.HYPERPARAMS if own else Path(rl_zoo3.__file__).parent / "hyperparams") / f"{base(algo)}.yml"
+    own = base_algorithm(algo) in TUNED_ALGORITHMS
+    path = (zoo.HYPERPARAMS if own else Path(rl_zoo3.__file__).parent / "hyperparams") / f"{base_algorithm(algo)}.yml"
     said = f"{'sb3_ppo_penalty.zoo' if own else 'rl_zoo3'}'s {path.name}"
     if conf_file is not None:
         path, said = Path(conf_file), conf_file
@@ -238,10 +238,10 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> Settings:
         key = closest_entry(entries, env)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"`--conf-file` for {algo}: {said}: {error}") from error
-    return Settings(dict(entries[key]), f"entry `{key}` of {said}")
+    return AlgorithmSettings(dict(entries[key]), f"entry `{key}` of {said}")
 
 
-def article_settings(env: str) -> Settings:
+def article_settings(env: str) -> AlgorithmSettings:
     """
     The article's recipe; batches hold whole episodes where episodes have a fixed length.
 
@@ -255,7 +255,7 @@ def article_settings(env: str) -> Settings:
     if not isinstance(one.action_space, spaces.Box):
         recipe["policy_kwargs"] = {key: value for key, value in recipe["policy_kwargs"].items() if key != "covariance"}
     one.close()
-    return Settings(recipe, "sb3_ppo_penalty.ARTICLE_RECIPE")
+    return AlgorithmSettings(recipe, "sb3_ppo_penalty.ARTICLE_RECIPE")
 
 
 def constructor_arguments(algo: str) -> set[str]:
@@ -263,10 +263,10 @@ def constructor_arguments(algo: str) -> set[str]:
     :param algo: name of the algorithm
     :return: what its class takes
     """
-    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base(algo)].zoo_name].__init__).parameters)
+    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base_algorithm(algo)].zoo_name].__init__).parameters)
 
 
-def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> Settings:
+def with_same_policy(algo: str, own: AlgorithmSettings, donor: str, shared: AlgorithmSettings) -> AlgorithmSettings:
     """
     Everything from one entry but the settings of the algorithm's own objective; the policy is this package's.
 
@@ -280,7 +280,7 @@ def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> 
     :return: what the algorithm is run with
     """
     hyperparams, source = dict(shared.hyperparams), shared.source
-    if ALGORITHMS[base(algo)].objective != ALGORITHMS[donor].objective:
+    if ALGORITHMS[base_algorithm(algo)].objective != ALGORITHMS[donor].objective:
         hyperparams = {key: value for key, value in hyperparams.items() if key not in OBJECTIVE_SETTINGS}
         hyperparams |= {key: value for key, value in own.hyperparams.items() if key in OBJECTIVE_SETTINGS}
         source = f"{source}; its objective's own: {own.source}"
@@ -288,16 +288,16 @@ def with_same_policy(algo: str, own: Settings, donor: str, shared: Settings) -> 
     hyperparams = {key: value for key, value in hyperparams.items() if key not in foreign}
     if "." not in hyperparams["policy"]:
         hyperparams["policy"] = f"{sb3_ppo_penalty.__name__}.{hyperparams['policy']}"
-    return Settings(hyperparams, source)
+    return AlgorithmSettings(hyperparams, source)
 
 
-def work_out_settings(
+def resolve_settings(
     algos: Iterable[str],
     task: Task,
     conf_files: Mapping[str, str],
     overrides: Mapping[str, Mapping[str, Any]],
     donor: str | None,
-) -> dict[str, Settings]:
+) -> dict[str, AlgorithmSettings]:
     """
     :param algos: names of the algorithms
     :param task: what they are compared on
@@ -309,7 +309,7 @@ def work_out_settings(
     """
     settings = {}
     for algo in algos:
-        if base(algo) == ARTICLE:
+        if base_algorithm(algo) == ARTICLE:
             found = article_settings(task.env)
         else:
             found = zoo_settings(algo, task.env, conf_files.get(algo))
@@ -317,11 +317,11 @@ def work_out_settings(
                 found = with_same_policy(algo, found, donor, zoo_settings(donor, task.env, conf_files.get(donor)))
         own = overrides.get(algo, {})
         said = f"{found.source}; from the command line: {', '.join(own)}" if own else found.source
-        settings[algo] = Settings({**found.hyperparams, "n_timesteps": task.n_timesteps, **own}, said)
+        settings[algo] = AlgorithmSettings({**found.hyperparams, "n_timesteps": task.n_timesteps, **own}, said)
     return settings
 
 
-def literal(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """
     :param text: a value from the command line
     :return: the Python literal that it is, so that ``1e-3`` is a number; else the text, which RL Zoo reads (``lin_0.001``)
@@ -332,7 +332,7 @@ def literal(text: str) -> Any:
         return text
 
 
-def plan(settings: Mapping[str, Settings], task: Task, seeds: Iterable[int]) -> list[Run]:
+def plan_runs(settings: Mapping[str, AlgorithmSettings], task: Task, seeds: Iterable[int]) -> list[Run]:
     """
     :param settings: by algorithm
     :param task: what they are compared on

@@ -20,9 +20,9 @@ from sb3_ppo_penalty.study.run import TOTAL_STEPS
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS, iqm, iqm_interval
 
 #: Colour and marker
-Look = tuple[str, str]
+LineStyle = tuple[str, str]
 #: Okabe and Ito's palette, which colour-blind people can tell apart; a marker for who prints without colours
-LOOKS = {
+LINE_STYLES = {
     "ppo_penalty": ("#0072B2", "o"),
     "ppo_clip": ("#E69F00", "s"),
     "ppo": ("#D55E00", "^"),
@@ -56,15 +56,15 @@ LEGEND_COLUMNS = 4
 NAME_WIDTH, LINE_HEIGHT = 22, 0.15
 
 
-def looks(algos: Sequence[str]) -> dict[str, Look]:
+def line_styles(algos: Sequence[str]) -> dict[str, LineStyle]:
     """
     :param algos: of a comparison
-    :return: an algorithm's own look, and for each variant one that nobody else in the comparison has
+    :return: an algorithm's own style, and for each variant one that nobody else in the comparison has
     """
-    free = [look for algo, look in LOOKS.items() if algo not in algos]
+    free = [style for algo, style in LINE_STYLES.items() if algo not in algos]
     variants = ((color, marker) for marker in VARIANT_MARKERS for color in VARIANT_COLORS)
     spare = itertools.chain(free, variants)
-    return {algo: LOOKS[algo] if algo in LOOKS else next(spare) for algo in algos}
+    return {algo: LINE_STYLES[algo] if algo in LINE_STYLES else next(spare) for algo in algos}
 
 
 def draw(comparison: Comparison, results: Results) -> dict[str, str]:
@@ -73,7 +73,7 @@ def draw(comparison: Comparison, results: Results) -> dict[str, str]:
     :param results: what there is of it
     :return: caption by file name
     """
-    over = over_seeds(results)
+    over = seeds_caption(results)
     pictures: dict[str, tuple[Callable[[Comparison, Results], Figure], str]] = {
         "intervals.png": (intervals, f"After training, and over it: {over}. Every seed is a dot."),
         "learning_curves.png": (learning_curves, f"Evaluation during training: {over}. Right: the same, close up."),
@@ -101,7 +101,7 @@ def draw(comparison: Comparison, results: Results) -> dict[str, str]:
     return captions
 
 
-def over_seeds(results: Results) -> str:
+def seeds_caption(results: Results) -> str:
     """
     Say over how many seeds the figures are, and whether they have intervals.
 
@@ -169,7 +169,7 @@ def _overlap(boxes: Sequence[Bbox]) -> bool:
     return any(right.x0 - left.x1 < left.height / 3 for left, right in itertools.pairwise(boxes))
 
 
-def _thousands(value: float, _: int) -> str:
+def _format_steps(value: float, _: int) -> str:
     """
     :param value: environment steps
     :return: short
@@ -177,7 +177,7 @@ def _thousands(value: float, _: int) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
-def _minus(value: float) -> str:
+def _format_number(value: float) -> str:
     """
     :param value: to stand in a legend
     :return: with the sign that the axes have
@@ -191,7 +191,7 @@ def _steps_axis(axes: Axes, limit: float) -> None:
     :param limit: where it ends
     """
     axes.set_xlim(0, limit)
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_steps))
     axes.set_xlabel("environment steps")
 
 
@@ -212,17 +212,17 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
         legend.remove()
 
 
-def _line(axes: Axes, frame: pd.DataFrame, look: Look, label: str, single_seeds: bool = False) -> None:
+def _plot_seeds(axes: Axes, frame: pd.DataFrame, style: LineStyle, label: str, single_seeds: bool = False) -> None:
     """
     Draw the IQM over seeds and either its interval or the seeds themselves.
 
     :param axes: to draw on
     :param frame: a row for each number of environment steps, a column for each seed
-    :param look: of the algorithm
+    :param style: of the algorithm
     :param label: for the legend
     :param single_seeds: thin lines for the seeds, no band
     """
-    color, marker = look
+    color, marker = style
     x, values = frame.index.to_numpy(), frame.to_numpy()
     every = max(len(x) // 6, 1)
     axes.plot(x, iqm(values, axis=1), color=color, marker=marker, markevery=(every // 2, every), ms=4, label=label, zorder=3)
@@ -240,7 +240,13 @@ def _reference_lines(axes: Axes, comparison: Comparison, horizontal: bool = True
     """
     if comparison.optimum is not None:
         line = axes.axhline if horizontal else axes.axvline
-        line(comparison.optimum, color="black", linewidth=0.9, linestyle="--", label=f"optimum {_minus(comparison.optimum)}")
+        line(
+            comparison.optimum,
+            color="black",
+            linewidth=0.9,
+            linestyle="--",
+            label=f"optimum {_format_number(comparison.optimum)}",
+        )
 
 
 def learning_curves(comparison: Comparison, results: Results) -> Figure:
@@ -254,7 +260,7 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
     frames = {algo: curves_of(results, algo) for algo in results.algos}
     for axes in (whole, close):
         for algo, frame in frames.items():
-            _line(axes, frame, looks(results.algos)[algo], wrap(algo))
+            _plot_seeds(axes, frame, line_styles(results.algos)[algo], wrap(algo))
         _reference_lines(axes, comparison)
         if comparison.threshold is not None:
             axes.axhline(
@@ -262,19 +268,19 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
                 color="gray",
                 linewidth=0.9,
                 linestyle=":",
-                label=f"threshold {_minus(comparison.threshold)}",
+                label=f"threshold {_format_number(comparison.threshold)}",
             )
         _steps_axis(axes, max(comparison.task.n_timesteps, results.curves["steps"].max()))
     whole.set_ylabel("mean return of an evaluation")
     whole.set_title(comparison.task.env)
     middles = {algo: iqm(frame.to_numpy(), axis=1) for algo, frame in frames.items()}
-    close.set_ylim(close_up(list(middles.values()), comparison.optimum))
+    close.set_ylim(close_up_limits(list(middles.values()), comparison.optimum))
     close.set_title("close up")
     _legend_below(figure, [whole])
     return figure
 
 
-def close_up(curves: Sequence[np.ndarray[Any, Any]], optimum: float | None) -> tuple[float, float]:
+def close_up_limits(curves: Sequence[np.ndarray[Any, Any]], optimum: float | None) -> tuple[float, float]:
     """
     Choose limits that show the last third of the better half of the algorithms, and never more than all there is.
 
@@ -303,18 +309,18 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
     """
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for algo, look in looks(results.algos).items():
+    for algo, style in line_styles(results.algos).items():
         measured = ((updates_of(results, algo, column), said) for column, said in DIVERGENCES)
         frame, said = next(((frame, said) for frame, said in measured if len(frame)), (pd.DataFrame(), ""))
         if len(frame):
-            _line(above, frame, look, f"{wrap(algo)} ({said})", single_seeds=True)
+            _plot_seeds(above, frame, style, f"{wrap(algo)} ({said})", single_seeds=True)
         coefficients = updates_of(results, algo, "train/kl_coef")
         if len(coefficients):
-            _line(below, coefficients, look, algo, single_seeds=True)
+            _plot_seeds(below, coefficients, style, algo, single_seeds=True)
             low, high = (updates_of(results, algo, f"train/{name}").iloc[:, 0] for name in ("kl_min", "kl_max"))
-            above.fill_between(low.index, low, high, color=look[0], alpha=0.13, linewidth=0)
+            above.fill_between(low.index, low, high, color=style[0], alpha=0.13, linewidth=0)
             for threshold in (low, high):
-                above.plot(threshold, color=look[0], linewidth=0.9, linestyle="--")
+                above.plot(threshold, color=style[0], linewidth=0.9, linestyle="--")
     for axes, label, base in ((above, "KL(old || new), nats", 10), (below, "penalty coefficient β", 2)):
         axes.set_ylabel(label)
         if axes.lines:
@@ -322,7 +328,7 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
-            _nothing(axes)
+            _mark_as_empty(axes)
     above.set_title(comparison.task.env)
     _steps_axis(below, _last_update(comparison, results))
     above.set_xlabel("")
@@ -341,7 +347,7 @@ def _last_update(comparison: Comparison, results: Results) -> float:
     return float(max(comparison.task.n_timesteps, results.updates[TOTAL_STEPS].max()))
 
 
-def _nothing(axes: Axes) -> None:
+def _mark_as_empty(axes: Axes) -> None:
     """:param axes: for which no algorithm logs anything."""
     axes.text(0.5, 0.5, "not logged by any of these", transform=axes.transAxes, ha="center", color="gray")
 
@@ -356,14 +362,14 @@ def importance_weights(comparison: Comparison, results: Results) -> Figure:
     panels = figure.subplots(1, 2)
     columns = (("train/clip_fraction", "clip fraction"), ("train/effective_sample_size", "effective sample size / batch"))
     for axes, (column, label) in zip(panels, columns, strict=True):
-        for algo, look in looks(results.algos).items():
+        for algo, style in line_styles(results.algos).items():
             frame = updates_of(results, algo, column)
             if len(frame):
-                _line(axes, frame, look, wrap(algo))
+                _plot_seeds(axes, frame, style, wrap(algo))
         axes.set_title(label)
         _steps_axis(axes, _last_update(comparison, results))
         if not axes.lines:
-            _nothing(axes)
+            _mark_as_empty(axes)
     panels[0].set_ylim(bottom=0)
     panels[1].set_ylim(max(panels[1].get_ylim()[0], 0), 1)
     _legend_below(figure, panels)
@@ -391,7 +397,7 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.use_sticky_edges = False
         for height, (algo, row) in enumerate(figures.iterrows()):
-            color, _ = looks(results.algos)[algo]
+            color, _ = line_styles(results.algos)[algo]
             if np.isfinite(row[f"{name}_low"]):
                 axes.barh(
                     height,

@@ -19,9 +19,9 @@ from sb3_ppo_penalty.study.execution import RUNS, BackendError, Outcome, attempt
 from sb3_ppo_penalty.study.grid import Run, installed_versions
 
 #: A run's folder on its way: content by file name, relative to the folder
-Files = dict[str, bytes]
+RunFiles = dict[str, bytes]
 #: What comes back from a node
-Delivery = tuple[Outcome, Files]
+NodeResult = tuple[Outcome, RunFiles]
 
 
 def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
@@ -33,10 +33,10 @@ def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     :raises BackendError: if there is no cluster, or none that has what the runs need
     """
     _connect()
-    if any(map(_gpus, runs)) and not _resources().get("GPU"):
+    if any(map(_gpus_needed, runs)) and not _resources().get("GPU"):
         ray.shutdown()
         raise BackendError(f"--device {runs[0].task.device}: no node of the cluster has a GPU")
-    return _as_they_end(runs, out, n_jobs)
+    return _perform_concurrently(runs, out, n_jobs)
 
 
 def _connect() -> None:
@@ -56,7 +56,7 @@ def _connect() -> None:
         ) from error
 
 
-def _as_they_end(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
+def _perform_concurrently(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
     :param runs: to be performed
     :param out: the comparison's folder
@@ -64,10 +64,10 @@ def _as_they_end(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     :return: outcomes in the order in which the runs end
     """
     queue = deque(runs)
-    under_way: dict[ray.ObjectRef[Delivery], Run] = {}
+    under_way: dict[ray.ObjectRef[NodeResult], Run] = {}
     try:
         while queue or under_way:
-            while queue and len(under_way) < _places(n_jobs):
+            while queue and len(under_way) < _max_concurrent_runs(n_jobs):
                 run = queue.popleft()
                 under_way[_submit(run)] = run
             (ended, *_), _ = ray.wait(list(under_way))
@@ -76,7 +76,7 @@ def _as_they_end(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
         ray.shutdown()
 
 
-def _places(n_jobs: int) -> int:
+def _max_concurrent_runs(n_jobs: int) -> int:
     """
     :param n_jobs: of the command line
     :return: how many runs may be under way now; nodes come and go
@@ -89,17 +89,17 @@ def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
-def _submit(run: Run) -> "ray.ObjectRef[Delivery]":
+def _submit(run: Run) -> "ray.ObjectRef[NodeResult]":
     """
     :param run: to be performed
     :return: what it will leave behind
     """
     # A run whose worker dies has failed: Ray would try it again in silence, and take worker after worker down with it
-    task = ray.remote(perform_here).options(name=run.name, num_cpus=1, num_gpus=_gpus(run), max_retries=0)
+    task = ray.remote(perform_on_node).options(name=run.name, num_cpus=1, num_gpus=_gpus_needed(run), max_retries=0)
     return task.remote(run)
 
 
-def _gpus(run: Run) -> int:
+def _gpus_needed(run: Run) -> int:
     """
     :param run: to be performed
     :return: how many it needs: Ray hides those that a task has not asked for
@@ -107,25 +107,25 @@ def _gpus(run: Run) -> int:
     return 1 if run.task.device.startswith("cuda") else 0
 
 
-def perform_here(run: Run) -> Delivery:
+def perform_on_node(run: Run) -> NodeResult:
     """
     Perform a run on a node of the cluster; Ray ends it when the comparison that waits for it is gone.
 
     :param run: what to train
     :return: its outcome, and its folder if it finished
     """
-    difference = _difference(run.versions, installed_versions(run.task.gym_packages))
+    difference = _version_differences(run.versions, installed_versions(run.task.gym_packages))
     if difference:
         return Outcome(run.name, f"node {platform.node()} is not installed like the comparison's machine: {difference}"), {}
     with TemporaryDirectory(prefix="sb3_ppo_penalty-") as room:
         (Path(room) / RUNS).mkdir()
-        outcome = attempt(run, Path(room), waiting=os.getpid())
+        outcome = attempt(run, Path(room), parent_pid=os.getpid())
         folder = Path(room) / RUNS / run.name
         files = [path for path in folder.rglob("*") if path.is_file()]
         return outcome, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def _difference(wanted: dict[str, str], here: dict[str, str]) -> str:
+def _version_differences(wanted: dict[str, str], here: dict[str, str]) -> str:
     """
     :param wanted: versions that the run says it is made with
     :param here: versions on this node
@@ -135,7 +135,7 @@ def _difference(wanted: dict[str, str], here: dict[str, str]) -> str:
     return ", ".join(f"{name} {here.get(name, 'missing')} instead of {wanted.get(name, 'none')}" for name in names)
 
 
-def _fetch(run: Run, ended: "ray.ObjectRef[Delivery]", out: Path) -> Outcome:
+def _fetch(run: Run, ended: "ray.ObjectRef[NodeResult]", out: Path) -> Outcome:
     """
     :param run: that has ended
     :param ended: what it has left behind
@@ -147,11 +147,11 @@ def _fetch(run: Run, ended: "ray.ObjectRef[Delivery]", out: Path) -> Outcome:
     except RayError as error:
         return Outcome(run.name, f"not performed by the cluster: {type(error).__name__}: {error}")
     if files:
-        _keep(run, files, out)
+        _write_run_folder(run, files, out)
     return outcome
 
 
-def _keep(run: Run, files: Files, out: Path) -> None:
+def _write_run_folder(run: Run, files: RunFiles, out: Path) -> None:
     """
     Write a finished run into a hidden folder that takes its name at the end, in one step.
 

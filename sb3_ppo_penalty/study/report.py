@@ -13,12 +13,12 @@ from pytablewriter import MarkdownTableWriter, String
 
 from sb3_ppo_penalty.study import plots
 from sb3_ppo_penalty.study.algorithms import ARTICLE, BASELINE
-from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Comparison, qualified_name, source_digest
+from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Comparison, qualified_name, source_digest
 from sb3_ppo_penalty.study.results import Results, summary
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
 #: In a cell that has nothing to say
-NONE = "\N{EN DASH}"
+NO_VALUE = "\N{EN DASH}"
 REPORT, TABLE = "report.md", "results.csv"
 #: What the article says it reached in the end (section 5)
 ARTICLE_RETURN = -76.99
@@ -34,16 +34,16 @@ standard deviation of 74 with their start alone, so the mean of eleven differs b
 """
 
 
-def number(value: float, digits: int = 1) -> str:
+def format_number(value: float, digits: int = 1) -> str:
     """
     :param value: to be read by a person
     :param digits: after the point
     :return: with commas; a dash for NaN
     """
-    return NONE if np.isnan(value) else f"{value:,.{digits}f}"
+    return NO_VALUE if np.isnan(value) else f"{value:,.{digits}f}"
 
 
-def with_interval(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
+def format_interval(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
     """
     :param row: of the summary
     :param name: of a figure in it
@@ -52,8 +52,8 @@ def with_interval(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
     """
     value, low, high = (row.get(key, np.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if np.isnan(low):
-        return number(value, digits)
-    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+        return format_number(value, digits)
+    return f"{format_number(value, digits)} [{format_number(low, digits)}, {format_number(high, digits)}]"
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,17 +85,21 @@ def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
     :param row: of the summary
     :return: cells by header
     """
-    cells = {"algorithm": algo, "final return": with_interval(row, "final_return"), "worst seed": number(row["worst_seed"])}
+    cells = {
+        "algorithm": algo,
+        "final return": format_interval(row, "final_return"),
+        "worst seed": format_number(row["worst_seed"]),
+    }
     if comparison.optimum is not None:
-        cells[f"gap to optimum {comparison.optimum}"] = number(row["gap_to_optimum"])
+        cells[f"gap to optimum {comparison.optimum}"] = format_number(row["gap_to_optimum"])
     if "improvement" in row:
-        cells[f"P(better than {BASELINE})"] = with_interval(row, "improvement", digits=2)
+        cells[f"P(better than {BASELINE})"] = format_interval(row, "improvement", digits=2)
     if comparison.threshold is not None:
         finite = np.isfinite(row["steps_to_threshold"])
-        steps = number(row["steps_to_threshold"], 0) if finite else "not reached"
+        steps = format_number(row["steps_to_threshold"], 0) if finite else "not reached"
         cells[f"steps to {comparison.threshold:g}"] = f"{steps} ({row['reached_threshold']:.0f}/{row['seeds']:.0f} seeds)"
-    cells["return over training"] = with_interval(row, "return_over_training")
-    cells["steps/s"] = number(row["steps_per_second"], 0)
+    cells["return over training"] = format_interval(row, "return_over_training")
+    cells["steps/s"] = format_number(row["steps_per_second"], 0)
     return cells
 
 
@@ -108,9 +112,10 @@ def article_section(results: Results) -> str:
     headers = ["seed", "steps", "mean return of the last batch", "of the best batch", "final return (no noise)"]
     columns = ["last_batch_return", "best_batch_return", "final_return"]
     rows = [
-        [str(run["seed"]), number(run["steps"], 0), *(number(run[name]) for name in columns)] for _, run in runs.iterrows()
+        [str(run["seed"]), format_number(run["steps"], 0), *(format_number(run[name]) for name in columns)]
+        for _, run in runs.iterrows()
     ]
-    rows.append(["the article", "about 20,000,000", str(ARTICLE_RETURN), NONE, NONE])
+    rows.append(["the article", "about 20,000,000", str(ARTICLE_RETURN), NO_VALUE, NO_VALUE])
     return f"{ARTICLE_TEXT}\n{markdown(headers, rows)}"
 
 
@@ -126,7 +131,7 @@ def settings_section(comparison: Comparison) -> str:
     return "\n".join(parts)
 
 
-def origin(comparison: Comparison, results: Results) -> str:
+def provenance(comparison: Comparison, results: Results) -> str:
     """
     :param comparison: what was asked for
     :param results: what there is of it
@@ -157,10 +162,10 @@ def caveats(results: Results) -> list[str]:
     :param results: what there is of the comparison
     :return: sentences; none where there is nothing to beware of
     """
-    return [text for text in (_few_seeds(results), other_source(list(results.runs["source"]))) if text]
+    return [text for text in (_few_seeds_warning(results), source_warning(list(results.runs["source"]))) if text]
 
 
-def _few_seeds(results: Results) -> str:
+def _few_seeds_warning(results: Results) -> str:
     """
     Warn where there are too few seeds to tell a difference from chance.
 
@@ -177,7 +182,7 @@ def _few_seeds(results: Results) -> str:
     )
 
 
-def other_source(sources: Sequence[str]) -> str:
+def source_warning(sources: Sequence[str]) -> str:
     """
     Warn where finished runs were made by another state of this package's source code than the one that runs now.
 
@@ -194,7 +199,7 @@ def other_source(sources: Sequence[str]) -> str:
     )
 
 
-def reading(comparison: Comparison) -> str:
+def explanation(comparison: Comparison) -> str:
     """
     :param comparison: what was asked for
     :return: how the table is to be read
@@ -203,7 +208,7 @@ def reading(comparison: Comparison) -> str:
     lines = [
         f"Interquartile means (IQM) over seeds, in brackets 95 % bootstrap intervals over seeds, from {MIN_SEEDS} seeds on.",
         f"**final return**: mean over {task.n_eval_episodes:,} episodes after training, with deterministic actions, on the "
-        f"same starts for every run (seeds from {STARTS_SEED:,} on); **worst seed**: the lowest of them.",
+        f"same starts for every run (seeds from {EVALUATION_SEED:,} on); **worst seed**: the lowest of them.",
     ]
     if optimum is not None:
         lines.append(
@@ -244,10 +249,10 @@ def write(comparison: Comparison, results: Results, errors: Mapping[str, str]) -
     """
     parts = [
         f"# {comparison.task.env}: {', '.join(results.algos)}\n",
-        origin(comparison, results),
+        provenance(comparison, results),
         f"## Result\n\n{table(comparison, results)}",
         *(f"**{text}**\n" for text in caveats(results)),
-        f"{reading(comparison)}\n",
+        f"{explanation(comparison)}\n",
     ]
     for name, caption in plots.draw(comparison, results).items():
         parts.append(f"![{name}]({name})\n\n{caption}\n")

@@ -18,8 +18,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base
-from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, STARTS_SEED, Run, prepare, source_digest
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base_algorithm
+from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Run, prepare, source_digest
 
 #: Files in a run's folder
 SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
@@ -42,7 +42,7 @@ class Experiment(ExperimentManager):
     """
 
     def __init__(self, run: Run, folder: Path) -> None:
-        zoo_name = ALGORITHMS[base(run.algo)].zoo_name
+        zoo_name = ALGORITHMS[base_algorithm(run.algo)].zoo_name
         super().__init__(
             Namespace(),
             zoo_name,
@@ -100,7 +100,7 @@ class FixedStartsEvalCallback(EvalCallback):
         while self._due <= self.num_timesteps:
             self._due += self.every
         started = perf_counter()
-        self.eval_env.seed(STARTS_SEED)
+        self.eval_env.seed(EVALUATION_SEED)
         continues = super()._on_step()
         self.seconds += perf_counter() - started
         return continues
@@ -113,17 +113,17 @@ class UpdateLog(BaseCallback):
     SB3 writes them only with the next rollout, and never the last update's.
 
     :param folder: where the number of steps made is kept up to date, for a progress bar
-    :param waiting: id of the process that started this one and waits for the run, None if it is this one
+    :param parent_pid: id of the process that started this one and waits for the run, None if it is this one
     """
 
-    def __init__(self, folder: Path, waiting: int | None) -> None:
+    def __init__(self, folder: Path, parent_pid: int | None) -> None:
         super().__init__()
         self.folder = folder
-        self.waiting = waiting
+        self.parent_pid = parent_pid
         self._returns: list[float] = []
 
     def _on_rollout_start(self) -> None:
-        if self.waiting is not None and os.getppid() != self.waiting:
+        if self.parent_pid is not None and os.getppid() != self.parent_pid:
             raise OrphanedError("the comparison that started this run has ended")
         if self.model.num_timesteps > 0:
             self._write()
@@ -164,7 +164,7 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> tuple[list[f
     returns: list[float] = []
     lengths: list[int] = []
     for first in range(0, n_episodes, env.num_envs):
-        env.seed(STARTS_SEED + first)
+        env.seed(EVALUATION_SEED + first)
         count = min(env.num_envs, n_episodes - first)
         some = evaluate_policy(model, env, count, deterministic=True, return_episode_rewards=True)
         more_returns, more_lengths = cast(tuple[list[float], list[int]], some)
@@ -173,13 +173,13 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> tuple[list[f
     return returns, lengths
 
 
-def perform(run: Run, folder: Path, waiting: int | None = None) -> None:
+def perform(run: Run, folder: Path, parent_pid: int | None = None) -> None:
     """
     Train and evaluate.
 
     :param run: what to train
     :param folder: new; holds everything about the run when this returns
-    :param waiting: id of the process that started this one and waits for the run; when it goes, the run ends
+    :param parent_pid: id of the process that started this one and waits for the run; when it goes, the run ends
     """
     th.set_num_threads(1)
     prepare(run.task.gym_packages)
@@ -191,7 +191,7 @@ def perform(run: Run, folder: Path, waiting: int | None = None) -> None:
     evaluation = FixedStartsEvalCallback(eval_env, run.task.eval_freq, run.task.n_timesteps, folder)
     model.set_logger(configure(str(folder), ["csv"]))
     started = perf_counter()
-    model.learn(run.task.n_timesteps, [*experiment.callbacks, UpdateLog(folder, waiting), evaluation], log_interval=1)
+    model.learn(run.task.n_timesteps, [*experiment.callbacks, UpdateLog(folder, parent_pid), evaluation], log_interval=1)
     seconds = perf_counter() - started - evaluation.seconds
     returns, lengths = evaluate(model, eval_env, run.task.n_eval_episodes)
     np.savez(folder / FINAL_EVALUATION, results=returns, ep_lengths=lengths)

@@ -20,9 +20,9 @@ from sb3_ppo_penalty.arguments import ArgumentError, require
 
 Array = npt.NDArray[Any]
 #: Observations of all environments by key, None where they have no keys
-Rows = dict[Any, Array]
+ObservationRows = dict[Any, Array]
 NEXT_STEP, SAME_STEP, DISABLED = "NextStep", "SameStep", "Disabled"
-FINAL = {"final_obs", "final_info", "_final_obs", "_final_info"}
+FINAL_KEYS = {"final_obs", "final_info", "_final_obs", "_final_info"}
 
 
 class BatchedVecEnv(VecEnv):
@@ -50,7 +50,7 @@ class BatchedVecEnv(VecEnv):
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         require(isinstance(env, VectorEnv), "env", env, "a gymnasium.vector.VectorEnv, as gymnasium.make_vec returns it")
-        self.env = CartPoleResets(env) if type(env) is CartPoleVectorEnv else env
+        self.env = ResettableCartPole(env) if type(env) is CartPoleVectorEnv else env
         self.mode = _autoreset_mode(self.env)
         self.keys, _, self.dtypes = obs_space_info(env.single_observation_space)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -64,10 +64,10 @@ class BatchedVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """:return: observations, rewards, dones and infos of all environments; nothing of it changes at the next step."""
         observations, rewards, terminated, truncated, batch = self.env.step(self.actions)
-        rows, infos = self._rows(observations), _split(batch, self.num_envs)
+        rows, infos = self._copy_observations(observations), _split_infos(batch, self.num_envs)
         dones = np.logical_or(terminated, truncated)
         if dones.any():
-            self._finish(rows, infos, batch, dones)
+            self._end_episodes(rows, infos, batch, dones)
         for info, timeout in zip(infos, np.greater(truncated, terminated).tolist(), strict=True):
             info["TimeLimit.truncated"] = timeout
         return dict_to_obs(self.observation_space, rows), np.array(rewards, dtype=np.float32), dones, infos
@@ -79,10 +79,10 @@ class BatchedVecEnv(VecEnv):
         observations, batch = self.env.reset(seed=seed, **options)
         self._reset_seeds()
         self._reset_options()
-        rows = self._rows(observations)
+        rows = self._copy_observations(observations)
         count = len(rows[self.keys[0]])
         require(count == self.num_envs, "env", self.env, f"synchronous: {self.num_envs} environments, {count} observations")
-        self.reset_infos = _split(batch, self.num_envs)
+        self.reset_infos = _split_infos(batch, self.num_envs)
         return dict_to_obs(self.observation_space, rows)
 
     def _common_options(self) -> dict[str, Any]:
@@ -95,14 +95,14 @@ class BatchedVecEnv(VecEnv):
         require(same, "options", self._options, "the same for all environments of a batch")
         return first
 
-    def _rows(self, observations: Any) -> Rows:
+    def _copy_observations(self, observations: Any) -> ObservationRows:
         """
         :param observations: of the batch, which may use their memory again
         :return: a copy, in the types of the observation space
         """
         return {key: np.array(observations if key is None else observations[key], dtype=self.dtypes[key]) for key in self.keys}
 
-    def _finish(self, rows: Rows, infos: list[dict[str, Any]], batch: dict[str, Any], dones: Array) -> None:
+    def _end_episodes(self, rows: ObservationRows, infos: list[dict[str, Any]], batch: dict[str, Any], dones: Array) -> None:
         """
         Note the last observations of the episodes that ended, and begin the next ones.
 
@@ -113,20 +113,20 @@ class BatchedVecEnv(VecEnv):
         """
         ended = np.flatnonzero(dones).tolist()
         if self.mode == SAME_STEP:
-            last, finals = batch.get("final_obs"), _split(batch.get("final_info", {}), self.num_envs)
+            last, finals = batch.get("final_obs"), _split_infos(batch.get("final_info", {}), self.num_envs)
             require(last is not None, "env", self.env, "one that gives the last observation of an episode as `final_obs`")
             for place in ended:
                 # What was put beside the reset's own infos is of the episode (gymnasium's RecordEpisodeStatistics)
                 finished = {key: infos[place].pop(key) for key in {"episode"} & set(infos[place])}
                 self.reset_infos[place], infos[place] = infos[place], {**finished, **finals[place]}
-                infos[place]["terminal_observation"] = deepcopy(_row(last, place))
+                infos[place]["terminal_observation"] = deepcopy(_observation_at(last, place))
             return
         for place in ended:
             single = {key: values[place].copy() for key, values in rows.items()}
             infos[place]["terminal_observation"] = dict_to_obs(self.observation_space, single)
         self._reset_some(rows, dones)
 
-    def _reset_some(self, rows: Rows, dones: Array) -> None:
+    def _reset_some(self, rows: ObservationRows, dones: Array) -> None:
         """
         Reset environments whose episodes ended and leave the others alone.
 
@@ -135,7 +135,7 @@ class BatchedVecEnv(VecEnv):
         :raises ArgumentError: if others changed with them
         """
         observations, batch = self.env.reset(options={"reset_mask": dones.copy()})
-        fresh = self._rows(observations)
+        fresh = self._copy_observations(observations)
         count = len(fresh[self.keys[0]])  # of all environments, or (EnvPool) of those that were reset
         for key, values in fresh.items():
             if count == self.num_envs:
@@ -147,7 +147,7 @@ class BatchedVecEnv(VecEnv):
                     )
                 values = values[dones]
             rows[key][dones] = values
-        ended, infos = np.flatnonzero(dones).tolist(), _split(batch, count)
+        ended, infos = np.flatnonzero(dones).tolist(), _split_infos(batch, count)
         for place, info in zip(ended, infos if count == len(ended) else [infos[place] for place in ended], strict=True):
             self.reset_infos[place] = info
 
@@ -262,7 +262,7 @@ class BatchedVecEnv(VecEnv):
         require(sorted(places) == list(range(self.num_envs)), "indices", places, allowed)
 
 
-class CartPoleResets(VectorWrapper):  # without types, which it takes from gymnasium 1.1 on
+class ResettableCartPole(VectorWrapper):  # without types, which it takes from gymnasium 1.1 on
     """
     Gymnasium's batched CartPole, which can also reset some of its environments at once.
 
@@ -293,7 +293,7 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> str:
     :return: what happens at the end of an episode
     :raises ArgumentError: if the batch does not say so, or cannot reset some of its environments
     """
-    mode = env.metadata.get("autoreset_mode", NEXT_STEP if isinstance(env, CartPoleResets) else None)
+    mode = env.metadata.get("autoreset_mode", NEXT_STEP if isinstance(env, ResettableCartPole) else None)
     mode = getattr(mode, "value", mode)
     modes = [NEXT_STEP, SAME_STEP, DISABLED]
     require(mode in modes, "env.metadata['autoreset_mode']", mode, f"one of {modes} (gymnasium 1.1 or later says so itself)")
@@ -319,7 +319,7 @@ def _layers(env: Any) -> Iterator[Any]:
     yield env
 
 
-def _split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def _split_infos(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """
     Turn the infos of a batch into one dict for each environment.
 
@@ -329,30 +329,30 @@ def _split(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in batch.items():
-        if key in FINAL or (key[:1] == "_" and key[1:] in batch):
+        if key in FINAL_KEYS or (key[:1] == "_" and key[1:] in batch):
             continue
         mask = batch.get(f"_{key}")
-        rows = _values(values, count)
+        rows = _split_values(values, count)
         for place in range(count) if mask is None else np.flatnonzero(mask).tolist():
             infos[place][key] = rows[place]
     return infos
 
 
-def _values(values: Any, count: int) -> list[Any]:
+def _split_values(values: Any, count: int) -> list[Any]:
     """
     :param values: of one key of a batch's infos
     :param count: number of environments
     :return: one for each environment
     """
     if isinstance(values, dict):
-        return _split(values, count)
+        return _split_infos(values, count)
     if np.shape(values)[:1] != (count,):
         return [deepcopy(values) for _ in range(count)]
     rows = deepcopy(np.asarray(values))  # objects too
     return rows.tolist() if rows.ndim == 1 else list(rows)
 
 
-def _row(observations: Any, place: int) -> Any:
+def _observation_at(observations: Any, place: int) -> Any:
     """
     :param observations: of all environments: an array, also one of objects, or a dict or tuple of arrays
     :param place: of an environment

@@ -14,13 +14,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-from sb3_ppo_penalty.vec_envs.running import clipped, standardize, update, update_by_number
+from sb3_ppo_penalty.vec_envs.running import clip_magnitude, standardize, update, update_by_number
 
 Array = npt.NDArray[Any]
 #: From 2 on, numpy divides single precision by a double in double precision
 NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
 #: What nobody can change needs no copy
-ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64})
+IMMUTABLE_TYPES = frozenset(
+    {bool, int, float, complex, str, bytes, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64}
+)
 
 
 def copy_info(info: dict[str, Any]) -> dict[str, Any]:
@@ -32,10 +34,10 @@ def copy_info(info: dict[str, Any]) -> dict[str, Any]:
     """
     if type(info) is not dict:
         return deepcopy(info)
-    return {key: value if type(value) in ATOMS else deepcopy(value) for key, value in info.items()}
+    return {key: value if type(value) in IMMUTABLE_TYPES else deepcopy(value) for key, value in info.items()}
 
 
-class Infos(list[dict[str, Any]]):
+class InfoList(list[dict[str, Any]]):
     """The infos of all environments, which ``copy.deepcopy`` copies by :func:`copy_info`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[dict[str, Any]]:
@@ -57,7 +59,7 @@ class LeanVecEnv(DummyVecEnv):
 
     def __init__(self, env_fns: list[Callable[[], gym.Env[Any, Any]]]) -> None:
         super().__init__(env_fns)
-        self.buf_infos = Infos(self.buf_infos)
+        self.buf_infos = InfoList(self.buf_infos)
 
     def _obs_from_buf(self) -> VecEnvObs:
         """:return: a copy of the latest observations of all environments."""
@@ -160,7 +162,7 @@ class LeanVecNormalize(VecNormalize):
             ratio = float(reward[0]) / float(scale)
             ratio = -self.clip_reward if ratio < -self.clip_reward else ratio
             return np.array([self.clip_reward if ratio > self.clip_reward else ratio], dtype=np.float32)
-        return clipped(reward / scale, self.clip_reward).astype(np.float32)
+        return clip_magnitude(reward / scale, self.clip_reward).astype(np.float32)
 
     @staticmethod
     def load(load_path: str, venv: VecEnv) -> "LeanVecNormalize":
@@ -200,7 +202,7 @@ def lean(env: VecEnv) -> VecEnv:
         layer = layer.venv
     if type(layer) is DummyVecEnv:
         layer.__class__ = LeanVecEnv
-        layer.buf_infos = Infos(layer.buf_infos)
+        layer.buf_infos = InfoList(layer.buf_infos)
     return env
 
 

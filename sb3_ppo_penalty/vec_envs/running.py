@@ -9,11 +9,11 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 Array = npt.NDArray[Any]
 #: numpy sums smaller floats and integers in a wider type than their own
-SUMMED_AS_THEY_ARE = (np.dtype(np.float64), np.dtype(np.float32))
+FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.float32))
 
 
 @lru_cache
-def constant(value: float) -> Array:
+def constant_array(value: float) -> Array:
     """
     Make a number an array once: numpy takes half as long for an operation with it as with a Python number.
 
@@ -61,7 +61,7 @@ def _moments(batch: Array) -> tuple[Array, Array]:
     :param batch: shape (n, ...)
     :return: two arrays of shape (...)
     """
-    if batch.dtype not in SUMMED_AS_THEY_ARE:
+    if batch.dtype not in FAST_DTYPES:
         return np.mean(batch, axis=0), np.var(batch, axis=0)
     if len(batch) == 1:
         row = batch[0]
@@ -111,13 +111,13 @@ def standardize(values: Array, statistics: RunningMeanStd, epsilon: float, clip:
     :param clip: largest magnitude of the result
     :return: doubles
     """
-    scale = np.sqrt(statistics.var + constant(epsilon))
+    scale = np.sqrt(statistics.var + constant_array(epsilon))
     result: Array = values - statistics.mean
     result /= scale
-    return clipped(result, clip)
+    return clip_magnitude(result, clip)
 
 
-def clipped(values: Array, limit: float) -> Array:
+def clip_magnitude(values: Array, limit: float) -> Array:
     """
     Clip as ``numpy.clip`` does.
 
@@ -125,4 +125,4 @@ def clipped(values: Array, limit: float) -> Array:
     :param limit: largest magnitude
     :return: the same shape and type
     """
-    return np.minimum(np.maximum(values, constant(-limit)), constant(limit))
+    return np.minimum(np.maximum(values, constant_array(-limit)), constant_array(limit))

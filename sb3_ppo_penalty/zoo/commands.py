@@ -13,7 +13,7 @@ FUNCTIONS = ("train", "enjoy")
 #: RL Zoo's modules that are scripts
 SCRIPTS = ("benchmark", "record_video", "record_training")
 #: What these scripts start, and which command of ours it is
-CHILDREN = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
+CHILD_COMMANDS = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def child_command(command: Any) -> Any:
         one that is not RL Zoo's
     :return: ``python -m sb3_ppo_penalty enjoy ...``, ``python -m sb3_ppo_penalty record_video ...``, or the same
     """
-    for start, name in CHILDREN.items():
+    for start, name in CHILD_COMMANDS.items():
         if tuple(command[: len(start)]) == start:
             return [sys.executable, "-m", "sb3_ppo_penalty", name, *command[len(start) :]]
     return command

@@ -17,7 +17,7 @@ from sb3_ppo_penalty.zoo import HYPERPARAMS
 from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
 
-class Entry(NamedTuple):
+class ZooEntry(NamedTuple):
     """
     What RL Zoo must know of an algorithm.
 
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     sampler: Sampler
 
 
-ENTRIES = {"ppo_penalty": Entry(PPOPenalty, sample_ppo_penalty), "ppo_clip": Entry(PPOClip, sample_ppo_clip)}
+ENTRIES = {"ppo_penalty": ZooEntry(PPOPenalty, sample_ppo_penalty), "ppo_clip": ZooEntry(PPOClip, sample_ppo_clip)}
 
 
 class Manager(ExperimentManager):

@@ -211,7 +211,7 @@ def a_run(**changes) -> grid.Run:
 
 def test_a_node_with_other_versions_does_not_spoil_the_comparison() -> None:
     versions = {**grid.installed_versions(), "torch": "1.0", "box3d": "7"}
-    outcome, files = ray_backend.perform_here(a_run(versions=versions))
+    outcome, files = ray_backend.perform_on_node(a_run(versions=versions))
     assert f"torch {th.__version__} instead of 1.0" in outcome.error
     assert "box3d missing instead of 7" in outcome.error
     assert "numpy" not in outcome.error
@@ -221,20 +221,20 @@ def test_a_node_with_other_versions_does_not_spoil_the_comparison() -> None:
 def test_a_node_notes_its_own_source_beside_the_result(monkeypatch) -> None:
     # An edit on the comparison's machine while it waits would else fail every run that is still to come
     monkeypatch.setattr("sb3_ppo_penalty.study.run.source_digest", lambda: "0123456789")
-    outcome, files = ray_backend.perform_here(a_run(versions=grid.installed_versions()))
+    outcome, files = ray_backend.perform_on_node(a_run(versions=grid.installed_versions()))
     assert outcome.error == ""
     assert json.loads(files["result.json"])["source"] == "0123456789"
 
 
 def test_what_a_run_has_written_comes_back_and_nothing_stays_on_the_node(tmp_path: Path, monkeypatch) -> None:
-    def write(run: grid.Run, folder: Path, waiting: int | None) -> None:
-        assert waiting is None  # the comparison is on another machine: Ray watches over it
+    def write(run: grid.Run, folder: Path, parent_pid: int | None) -> None:
+        assert parent_pid is None  # the comparison is on another machine: Ray watches over it
         (folder / "deeper").mkdir(parents=True)
         (folder / "deeper" / "model.bin").write_bytes(b"\x00\xff")
 
     monkeypatch.setattr(execution, "perform", write)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    outcome, files = ray_backend.perform_here(a_run(versions=grid.installed_versions()))
+    outcome, files = ray_backend.perform_on_node(a_run(versions=grid.installed_versions()))
     assert outcome.error == ""
     assert files == {"deeper/model.bin": b"\x00\xff", "log.txt": b""}
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +243,7 @@ def test_what_a_run_has_written_comes_back_and_nothing_stays_on_the_node(tmp_pat
 @pytest.mark.parametrize(("n_jobs", "places"), [(1, 1), (8, 8), (-1, 5), (-2, 4), (-9, 1)])
 def test_places_are_counted_back_from_the_cluster_s_cpus(n_jobs: int, places: int, monkeypatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0, "memory": 1e9})
-    assert ray_backend._places(n_jobs) == places
+    assert ray_backend._max_concurrent_runs(n_jobs) == places
 
 
 def test_so_many_are_under_way_and_the_first_to_end_is_the_first_to_arrive(tmp_path: Path, monkeypatch) -> None:
@@ -258,7 +258,7 @@ def test_so_many_are_under_way_and_the_first_to_end_is_the_first_to_arrive(tmp_p
     monkeypatch.setattr(ray_backend, "_submit", lambda run: run.seed)
     monkeypatch.setattr(ray_backend, "_fetch", lambda run, *_: execution.Outcome(str(run.seed), ""))
     runs = [a_run(seed=seed, versions={}) for seed in range(5)]
-    outcomes = ray_backend._as_they_end(runs, tmp_path, n_jobs=2)
+    outcomes = ray_backend._perform_concurrently(runs, tmp_path, n_jobs=2)
     assert next(outcomes).name == "1"
     assert under_way == [2]
     assert [outcome.name for outcome in outcomes] == ["2", "3", "4", "0"]

@@ -26,7 +26,7 @@ from stable_baselines3 import PPO
 
 from sb3_ppo_penalty import PPOPenalty, zoo
 from sb3_ppo_penalty.study import cli, execution, grid, plots, report, results, statistics
-from sb3_ppo_penalty.study.run import STARTS_SEED, perform
+from sb3_ppo_penalty.study.run import EVALUATION_SEED, perform
 
 COMPARE = [sys.executable, "-c", "import sys; from sb3_ppo_penalty.study.cli import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -146,7 +146,7 @@ def test_a_run_is_another_as_soon_as_anything_that_decides_its_result_is() -> No
     assert a_run(hyperparams={"a": 1, "b": 2}).name == a_run(hyperparams={"b": 2, "a": 1}).name
 
 
-@pytest.mark.parametrize("constant", ["STARTS_SEED", "EVALUATION_ENVS"])
+@pytest.mark.parametrize("constant", ["EVALUATION_SEED", "EVALUATION_ENVS"])
 def test_how_runs_are_evaluated_is_part_of_their_identity(constant: str, monkeypatch) -> None:
     name = a_run().name
     monkeypatch.setattr(grid, constant, 7)
@@ -193,7 +193,7 @@ def test_moving_a_module_is_another_source_and_compiling_one_is_not(package: Pat
 
 def test_default_settings_are_the_tuned_entries() -> None:
     zoo.register()
-    found = grid.work_out_settings(["ppo_penalty", "ppo", "trpo"], task(), {}, {}, None)
+    found = grid.resolve_settings(["ppo_penalty", "ppo", "trpo"], task(), {}, {}, None)
     own = yaml.safe_load((zoo.HYPERPARAMS / "ppo_penalty.yml").read_text())["Pendulum-v1"]
     assert found["ppo_penalty"].hyperparams == {**own, "n_timesteps": 600}
     theirs = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "trpo.yml").read_text())["Pendulum-v1"]
@@ -245,7 +245,7 @@ def make_same_policy(tmp_path: Path) -> dict[str, dict]:
     (tmp_path / "own.yml").write_text(OWN)
     files = {algo: str(tmp_path / "own.yml") for algo in ("ppo_penalty", "ppo", "trpo")}
     files["ppo_clip"] = str(tmp_path / "shared.yml")
-    found = grid.work_out_settings(["ppo_penalty", "ppo_clip", "ppo", "trpo"], task(), files, {}, donor="ppo_clip")
+    found = grid.resolve_settings(["ppo_penalty", "ppo_clip", "ppo", "trpo"], task(), files, {}, donor="ppo_clip")
     return {algo: settings.hyperparams for algo, settings in found.items()}
 
 
@@ -322,9 +322,9 @@ def test_variants_are_one_algorithm_with_several_settings(tmp_path: Path) -> Non
 
 def test_variants_look_like_nobody_else_in_a_comparison() -> None:
     algos = ["ppo_penalty", "ppo", *(f"ppo_penalty+{number}" for number in range(40))]
-    found = plots.looks(algos)
+    found = plots.line_styles(algos)
     assert len(set(found.values())) == len(algos) == len(found)
-    assert (found["ppo"], plots.looks(["ppo"])["ppo"]) == (plots.LOOKS["ppo"], plots.LOOKS["ppo"])
+    assert (found["ppo"], plots.line_styles(["ppo"])["ppo"]) == (plots.LINE_STYLES["ppo"], plots.LINE_STYLES["ppo"])
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_the_final_return_is_the_saved_model_s_on_the_starts_that_all_share(stud
     returns = []
     for k in range(10):
         env = gym.make("Pendulum-v1")
-        observation, _ = env.reset(seed=STARTS_SEED + k)
+        observation, _ = env.reset(seed=EVALUATION_SEED + k)
         over, total = False, 0.0
         while not over:
             observation, reward, _, over, _ = env.step(model.predict(observation, deterministic=True)[0])
@@ -501,7 +501,7 @@ def test_two_seeds_get_neither_intervals_nor_a_probability(study) -> None:
     row = next(line for line in table.splitlines() if line.startswith("| ppo_penalty"))
     header = next(line for line in table.splitlines() if "P(better than ppo)" in line)
     cells = dict(zip(header.split("|"), row.split("|"), strict=True))
-    assert cells[" P(better than ppo) "].strip() == report.NONE
+    assert cells[" P(better than ppo) "].strip() == report.NO_VALUE
     for text in ((study["out"] / "report.md").read_text(), study["said"]):
         assert "Fewer than 3 seeds: ppo_penalty (2), ppo (2)." in text
 
@@ -577,7 +577,7 @@ def test_failed_runs_are_reported_and_the_others_go_on(lottery) -> None:
 
 
 def test_every_evaluation_has_the_same_starts_whatever_the_policy_does(lottery) -> None:
-    starts = [gym.utils.seeding.np_random(STARTS_SEED + k)[0].uniform(-1, 1) for k in range(150)]
+    starts = [gym.utils.seeding.np_random(EVALUATION_SEED + k)[0].uniform(-1, 1) for k in range(150)]
     last_twenty = starts[130:]  # 120 episodes in 50 environments: the last twenty of them make the last ones
     folders = list((lottery["out"] / "runs").iterdir())
     assert len(folders) == 2
@@ -610,7 +610,7 @@ def test_a_finished_run_is_never_overwritten(tmp_path: Path, monkeypatch) -> Non
     (tmp_path / "runs" / run.name).mkdir(parents=True)
     (tmp_path / "runs" / run.name / "result.json").write_text("kept")
 
-    def write(run: grid.Run, folder: Path, waiting: int | None) -> None:
+    def write(run: grid.Run, folder: Path, parent_pid: int | None) -> None:
         folder.mkdir()
         (folder / "result.json").write_text("new")
 
@@ -650,8 +650,8 @@ def test_a_curve_stands_at_the_steps_at_which_it_was_evaluated(algo: str, steps:
 
 def test_curves_of_other_numbers_of_environments_are_drawn_together(uneven, tmp_path: Path) -> None:
     work = grid.Task("CartPole-v1", 25, eval_freq=2, n_eval_episodes=2, device="cpu", gym_packages=())
-    settings = {algo: grid.Settings({"n_envs": n_envs}, "made up") for algo, n_envs in UNEVEN.items()}
-    comparison = grid.Comparison(grid.plan(settings, work, range(1)), work, settings, tmp_path, None, None, "made up")
+    settings = {algo: grid.AlgorithmSettings({"n_envs": n_envs}, "made up") for algo, n_envs in UNEVEN.items()}
+    comparison = grid.Comparison(grid.plan_runs(settings, work, range(1)), work, settings, tmp_path, None, None, "made up")
     lines = plots.learning_curves(comparison, uneven).axes[0].get_lines()
     assert [line.get_xdata().tolist() for line in lines] == [[*range(0, 25, 3)], [*range(0, 25, 4)]]
     above, below = plots.divergence(comparison, uneven).axes
@@ -677,10 +677,10 @@ def make_made_up(tmp_path: Path) -> tuple[grid.Comparison, results.Results]:
             kl = {"train/kl": 0.01 * (seed + 1), "train/kl_coef": 2.0**seed, "train/kl_min": 0.005, "train/kl_max": 0.02}
             own = kl if algo == "ppo_penalty" else {"train/approx_kl": 0.001}
             updates += [{"algo": algo, "seed": seed, "time/total_timesteps": 50 * k, **own} for k in (1, 2)]
-    settings = {algo: grid.Settings({"gamma": 0.9}, "made up") for algo in finals}
+    settings = {algo: grid.AlgorithmSettings({"gamma": 0.9}, "made up") for algo in finals}
     work = grid.Task("Pendulum-v1", 100, eval_freq=50, n_eval_episodes=1000, device="cpu", gym_packages=())
     comparison = grid.Comparison(
-        grid.plan(settings, work, range(4)), work, settings, tmp_path, threshold=-200.0, donor=None, command="made up"
+        grid.plan_runs(settings, work, range(4)), work, settings, tmp_path, threshold=-200.0, donor=None, command="made up"
     )
     return comparison, results.Results(*map(pd.DataFrame, (runs, curves, updates)))
 
@@ -743,7 +743,7 @@ def test_few_seeds_of_either_leave_no_probability_and_no_interval(algo: str, few
     (caveat,) = report.caveats(found)
     assert caveat.startswith(f"Fewer than 3 seeds: {algo} ({few}). Where these are concerned there are neither intervals")
     said = f"IQM over {few} to 4 seeds with its 95 % bootstrap interval where there are 3 seeds"
-    assert plots.over_seeds(found) == said
+    assert plots.seeds_caption(found) == said
     panels = plots.intervals(comparison, found).axes
     assert [panel.get_title() for panel in panels] == ["final return", "return over training"]
     assert [len(panel.patches) for panel in panels] == [1, 1]  # the other algorithm's interval
@@ -766,9 +766,9 @@ CROWD += ["ppo_penalty+truncated-at-two-with-guard-rollback", "ppo_penalty+per-s
 
 def crowd(algos: list[str], seeds: int, out: Path) -> tuple[grid.Comparison, results.Results]:
     """A comparison of many algorithms, with figures of some length."""
-    settings = {algo: grid.Settings({}, "made up") for algo in algos}
+    settings = {algo: grid.AlgorithmSettings({}, "made up") for algo in algos}
     work = grid.Task("Pendulum-v1", 112_500, eval_freq=22_500, n_eval_episodes=9, device="cpu", gym_packages=())
-    comparison = grid.Comparison(grid.plan(settings, work, range(seeds)), work, settings, out, -200.0, None, "made up")
+    comparison = grid.Comparison(grid.plan_runs(settings, work, range(seeds)), work, settings, out, -200.0, None, "made up")
     runs, curves, updates = [], [], []
     for place, algo in enumerate(algos):
         for seed in range(seeds):
@@ -823,17 +823,17 @@ def test_a_long_name_is_broken_between_its_words() -> None:
 def test_the_close_up_never_shows_more_than_all(optimum: float | None) -> None:
     bad = np.array([-1250.0, -1280, -1300, -1310, -1320, -1330])
     # The last third is -1320 to -1330, the optimum far away
-    assert plots.close_up([bad], optimum) == pytest.approx((-1330 - 0.15 * 13.2, -1320 + 0.15 * 13.2))
+    assert plots.close_up_limits([bad], optimum) == pytest.approx((-1330 - 0.15 * 13.2, -1320 + 0.15 * 13.2))
 
 
 def test_the_close_up_shows_the_end_of_the_better_half_and_an_optimum_that_is_near() -> None:
     good, fair = np.linspace(-1300, -140, 30), np.linspace(-1300, -300, 30)
-    low, high = plots.close_up([good, fair], optimum=-137.6)
+    low, high = plots.close_up_limits([good, fair], optimum=-137.6)
     # From the middle of both at two thirds of the steps to the optimum, and some room
     bottom = (good[20] + fair[20]) / 2
     assert (low, high) == pytest.approx((bottom - 0.45 * (-137.6 - bottom), -137.6 + 0.15 * (-137.6 - bottom)))
     flat = np.full(30, 500.0)
-    assert plots.close_up([flat], optimum=None) == pytest.approx((499.25, 500.75))
+    assert plots.close_up_limits([flat], optimum=None) == pytest.approx((499.25, 500.75))
 
 
 def test_the_article_s_recipe_is_also_reported_in_its_own_terms(made_up) -> None:
