@@ -28,12 +28,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_ppo_penalty import ARTICLE_RECIPE, PPOClip
+from sb3_ppo_penalty.study.references import ARTICLE_ITERATIONS, ARTICLE_RETURN, OPTIMA
 
-EPISODE_LENGTH = 200
-ARTICLE_RETURN = -76.99
-ARTICLE_ITERATIONS = 10_000
-#: Dynamic programming over a fine grid, mean over 20,000 random starts
-OPTIMAL_RETURN = -137.6
+ENV_ID, EPISODE_LENGTH = "Pendulum-v1", 200
 
 
 class AfterUpdate(EventCallback):
@@ -122,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     # The window of SB3's averages: the episodes of one batch, as in the article
     n_episodes = ARTICLE_RECIPE["n_steps"] // EPISODE_LENGTH
-    model = PPOClip("MlpPolicy", "Pendulum-v1", seed=options.seed, stats_window_size=n_episodes, **ARTICLE_RECIPE)
+    model = PPOClip("MlpPolicy", ENV_ID, seed=options.seed, stats_window_size=n_episodes, **ARTICLE_RECIPE)
     model.set_logger(configure(str(options.out), ["stdout", "csv"]))
     checkpoint = CheckpointCallback(options.save_freq, str(options.out / "checkpoints"), name_prefix="ppo_article")
     callbacks = [
@@ -138,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     n_iterations = model.num_timesteps // model.n_steps
     print(f"average episodic return of the last batch: {last_batch:.2f}, {n_episodes} episodes, iteration {n_iterations}")
     print(f"the article's closing figure: {ARTICLE_RETURN}, iteration {ARTICLE_ITERATIONS}")
-    print(f"best possible mean over random starts: {OPTIMAL_RETURN}")
+    print(f"best possible mean over random starts: {OPTIMA[ENV_ID]}")
     print(
         "The article's figure is the mean of one batch of about ten episodes and lies above the optimum: a batch of lucky\n"
         "starts. Under the optimal policy one batch in 250 to 500 is as good. Judge a policy by 1,000 episodes or more."

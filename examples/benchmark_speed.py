@@ -48,7 +48,6 @@ CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
     "PPOClip, compiled": (PPOClip, {"compile": True}),
     "PPOPenalty, compiled": (PPOPenalty, {"compile": True}),
 }
-COLUMNS = ["part", "case", "contender", "steps_per_second", "ratio", "collect_ratio", "update_ratio", "compilation_s"]
 
 
 class CheapEnv(gym.Env[Any, Any]):
@@ -144,22 +143,16 @@ def run_case(
         collect, update = (stock / turns).T
         median = np.median(turns, axis=0)
         rows.append(
-            dict(
-                zip(
-                    COLUMNS,
-                    [
-                        part,
-                        name,
-                        key,
-                        round(n_envs * run.model.n_steps / float(median.sum())),  # type: ignore[attr-defined]
-                        round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
-                        round(statistics.median(collect.tolist()), 2),
-                        round(statistics.median(update.tolist()), 2),
-                        round(max(run.turns[0][1] - float(median[1]), 0.0), 1),
-                    ],
-                    strict=True,
-                )
-            )
+            {
+                "part": part,
+                "case": name,
+                "contender": key,
+                "steps_per_second": round(n_envs * run.model.n_steps / float(median.sum())),  # type: ignore[attr-defined]
+                "ratio": round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
+                "collect_ratio": round(statistics.median(collect.tolist()), 2),
+                "update_ratio": round(statistics.median(update.tolist()), 2),
+                "compilation_s": round(max(run.turns[0][1] - float(median[1]), 0.0), 1),
+            }
         )
         print(rows[-1], flush=True)
         run.model.env.close()  # type: ignore[union-attr]

@@ -101,18 +101,18 @@ class Recorder(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        self._record_update()
+        self._take()
 
     def _on_training_end(self) -> None:
-        self._record_update()
+        self._take()
 
-    def _record_update(self) -> None:
+    def _take(self) -> None:
         for name in FIGURES:
             if (value := self.logger.name_to_value.get(f"train/{name}")) is not None:
                 self.updates.setdefault(name, []).append(float(value))
 
 
-def mean_per_part(values: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], total: int) -> list[float | None]:
+def in_parts(values: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], total: int) -> list[float | None]:
     """
     Average what happened in each of :data:`PARTS` equal parts of training.
 
@@ -149,7 +149,7 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
     when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
     updates = {
-        name: mean_per_part(np.array(values), np.linspace(1, steps, len(values)), steps)
+        name: in_parts(np.array(values), np.linspace(1, steps, len(values)), steps)
         for name, values in recorder.updates.items()
     }
     packages = ("stable-baselines3", "gymnasium", "mujoco", "numpy", "torch")
@@ -163,40 +163,40 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
         "seconds": round(seconds),
         "last_tenth": float(what[when > 0.9 * steps].mean()),
         "without_noise": [round(each, 2) for each in returns],
-        "curve": mean_per_part(what, when, steps),
+        "curve": in_parts(what, when, steps),
         "updates": updates,
     }
 
 
-def round_floats(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Shorten the floats of a tree of lists and dicts to five significant digits."""
     if isinstance(value, dict):
-        return {key: round_floats(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [round_floats(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def run_path(out: Path, env_id: str, method: str, seed: int) -> Path:
+def path_of(out: Path, env_id: str, method: str, seed: int) -> Path:
     """Name the file of a run."""
     return out / "runs" / env_id / f"{method}-{seed}.json"
 
 
 def run_one(env_id: str, method: str, seed: int, steps: int, out: Path) -> None:
     """Perform a run and write its file, which appears whole or not at all."""
-    path = run_path(out, env_id, method, seed)
+    path = path_of(out, env_id, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(round_floats(perform(env_id, method, seed, steps)), default=repr))
+    unfinished.write_text(json.dumps(rounded(perform(env_id, method, seed, steps)), default=repr))
     unfinished.replace(path)
 
 
-def missing_runs(chosen: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+def missing(chosen: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Go through the runs that have no file yet, seed by seed, so that an early end leaves as many of each method."""
     for env_id in chosen.envs:
         for seed in chosen.seeds:
             for method in chosen.methods:
-                if not run_path(chosen.out, env_id, method, seed).exists():
+                if not path_of(chosen.out, env_id, method, seed).exists():
                     yield env_id, method, seed
 
 
@@ -221,7 +221,7 @@ def run_all(chosen: argparse.Namespace) -> None:
         print(f"{env_id} {method} {seed}: {'done' if finished.returncode == 0 else finished.stderr[-2000:]}", flush=True)
 
     with ThreadPoolExecutor(chosen.n_jobs) as pool:
-        list(pool.map(start, missing_runs(chosen)))
+        list(pool.map(start, missing(chosen)))
 
 
 def main() -> None:

@@ -26,14 +26,14 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import PENDULUM, PPOPenalty
+from sb3_ppo_penalty.study.references import OPTIMA
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-#: Mean return of the best possible policy over random starts, by dynamic programming on a fine grid (+- 0.5)
-OPTIMUM = -137.6
 ENV_ID = "Pendulum-v1"
 N_ENVS = 4
+OPTIMUM = OPTIMA[ENV_ID]
 
 
 def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:

@@ -51,29 +51,27 @@ ENVIRONMENTS = {
 }
 #: From this many steps on a run gains from compilation more than it costs
 COMPILED_FROM = 200_000
-#: What all penalties start from, whatever this package's entry for the environment says
+#: Arguments of every penalty, in place of those in this package's entry for the environment
 PENALTY: dict[str, Any] = {
-    "target_kl": 0.03,
+    **ROBUST,
     "kl_coef": 1.0,
-    "kl_coef_factor": 1.5,
     "kl_coef_bounds": (0.001, 1000.0),
-    "kl_controller": "adaptive",
     "kl_penalty": "old_new",
     "guard": None,
 }
-#: name -> what it is tried with beside PENALTY
+#: name of a variant -> its arguments beside PENALTY
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adaptive": {},
+    "adaptive": {"kl_controller": "adaptive"},
     "fixed": {"kl_controller": "fixed"},
-    "proportional": {"kl_controller": "proportional"},
+    "proportional": {},
     "dual": {"kl_controller": "dual"},
-    "clip": {"kl_controller": "proportional", "clip_range": 0.2},
-    "cutoff": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 1000.0}},
-    "per-state": {"kl_controller": "proportional", "kl_penalty": {"cutoff_coef": 100.0, "per_state": True}},
-    "truncated": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 2.0}},
-    "tight": {"kl_controller": "proportional", "kl_penalty": {"max_ratio": 1.3}, "guard": "rollback"},
-    "guard": {"kl_controller": "proportional", "guard": "rollback"},
-    "guard-max": {"kl_controller": "proportional", "guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
+    "clip": {"clip_range": 0.2},
+    "cutoff": {"kl_penalty": {"cutoff_coef": 1000.0}},
+    "per-state": {"kl_penalty": {"cutoff_coef": 100.0, "per_state": True}},
+    "truncated": {"kl_penalty": {"max_ratio": 2.0}},
+    "tight": {"kl_penalty": {"max_ratio": 1.3}, "guard": "rollback"},
+    "guard": {"guard": "rollback"},
+    "guard-max": {"guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
     "robust": ROBUST,
 }
 #: Mean over the last fifth of training of what an update left behind
@@ -105,8 +103,7 @@ def compare_arguments(env: str, names: Sequence[str], chosen: argparse.Namespace
     pairs = [f"{algo}:{key}={value!r}" for algo, own in given.items() for key, value in own.items()]
     words = ["--env", env, "--algos", *algos, "--same-policy", "--seeds", str(chosen.seeds)]
     words += ["--first-seed", str(chosen.first_seed), "--n-timesteps", str(steps), "--eval-freq", str(max(steps // 4, 1))]
-    words += ["--n-eval-episodes", str(episodes), "--out", str(chosen.out / env), "--hyperparams", *pairs]
-    return [*words, "--n-jobs", str(chosen.n_jobs)]
+    return [*words, "--n-eval-episodes", str(episodes), "--out", str(chosen.out / env), "--hyperparams", *pairs]
 
 
 def measure_algorithms(comparison: grid.Comparison) -> pd.DataFrame:
@@ -218,9 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for env in chosen.envs:
         words = compare_arguments(env, chosen.variants, chosen)
         print(f"\n{shlex.join(words)}", flush=True)
-        if cli.main(words):
+        comparison = cli.build_comparison(cli.build_parser().parse_args(words), shlex.join([*cli.PROGRAM.split(), *words]))
+        if cli.compare(comparison, chosen.n_jobs):
             raise SystemExit(f"{env}: a run failed, see above")
-        comparisons.append(cli.build_comparison(cli.build_parser().parse_args(words), ""))
+        comparisons.append(comparison)
         rows = pd.concat([measure_algorithms(comparison) for comparison in comparisons], ignore_index=True)
         write(rows, comparisons, chosen.out)
     print((chosen.out / "summary.md").read_text())

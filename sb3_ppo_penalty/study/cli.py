@@ -199,6 +199,7 @@ def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison
     import gymnasium as gym
 
     from sb3_ppo_penalty.study import grid
+    from sb3_ppo_penalty.study.references import THRESHOLDS
 
     preset = FULL if arguments.full else FIRST_LOOK
     arguments.seeds, arguments.n_timesteps = arguments.seeds or preset[0], arguments.n_timesteps or preset[1]
@@ -212,7 +213,7 @@ def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison
     out = Path(arguments.out or f"runs/{name}{'-same-policy' if donor else ''}")
     threshold = arguments.threshold
     if threshold is None:
-        threshold = grid.THRESHOLDS.get(arguments.env, gym.spec(arguments.env).reward_threshold)
+        threshold = THRESHOLDS.get(arguments.env, gym.spec(arguments.env).reward_threshold)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     return grid.Comparison(grid.plan_runs(settings, task, seeds), task, settings, out, threshold, donor, command)
 

@@ -22,6 +22,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 import sb3_ppo_penalty
 from sb3_ppo_penalty import ARTICLE_RECIPE, zoo
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, TUNED_ALGORITHMS, base_algorithm
+from sb3_ppo_penalty.study.references import OPTIMA
 
 #: The tutorial's batch, which the article's recipe fills up to whole episodes
 ARTICLE_BATCH = 2048
@@ -32,10 +33,6 @@ OBJECTIVE_SETTINGS = {
     *("cg_max_steps", "cg_damping", "line_search_shrinking_factor", "line_search_max_iter"),
     *("n_critic_updates", "sub_sampling_factor"),
 }
-#: Best possible mean return over random starts, by dynamic programming over a fine grid (20,000 starts, standard error 0.5)
-OPTIMA = {"Pendulum-v1": -137.6}
-#: Returns to be reached, where Gymnasium names none
-THRESHOLDS = {"Pendulum-v1": -200.0}
 #: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
 #: that on Pendulum-v1 the best possible mean over the first 50 starts, and over the first 1,000, is within 0.3 of the one over
 #: all starts (dynamic programming): a gap to the optimum is then no luck with the starts
@@ -113,7 +110,7 @@ class Run:
     def settings(self) -> str:
         """All of it, and how every run is evaluated, as JSON with sorted keys; classes by their names."""
         evaluation = {"starts_seed": EVALUATION_SEED, "n_envs": EVALUATION_ENVS}
-        return json.dumps({**asdict(self), "evaluation": evaluation}, default=qualified_name, sort_keys=True, indent=1)
+        return json.dumps({**asdict(self), "evaluation": evaluation}, default=str, sort_keys=True, indent=1)
 
     @cached_property
     def name(self) -> str:
@@ -145,14 +142,6 @@ class Comparison:
     def optimum(self) -> float | None:
         """Best possible mean return, None where it is not known."""
         return OPTIMA.get(self.task.env)
-
-
-def qualified_name(value: Any) -> str:
-    """
-    :param value: something JSON has no form for, from a recipe or from Python
-    :return: a class's or function's importable name, or how Python writes the value
-    """
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
 def installed_versions(gym_packages: Sequence[str] = ()) -> dict[str, str]:

@@ -259,8 +259,8 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
     whole, close = figure.subplots(1, 2)
     frames = {algo: curves_of(results, algo) for algo in results.algos}
     for axes in (whole, close):
-        for algo, frame in frames.items():
-            _plot_seeds(axes, frame, line_styles(results.algos)[algo], wrap(algo))
+        for algo, style in line_styles(results.algos).items():
+            _plot_seeds(axes, frames[algo], style, wrap(algo))
         _reference_lines(axes, comparison)
         if comparison.threshold is not None:
             axes.axhline(
@@ -396,8 +396,8 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.use_sticky_edges = False
-        for height, (algo, row) in enumerate(figures.iterrows()):
-            color, _ = line_styles(results.algos)[algo]
+        for height, (algo, (color, _)) in enumerate(line_styles(results.algos).items()):
+            row = figures.loc[algo]
             if np.isfinite(row[f"{name}_low"]):
                 axes.barh(
                     height,

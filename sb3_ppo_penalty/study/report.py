@@ -13,24 +13,23 @@ from pytablewriter import MarkdownTableWriter, String
 
 from sb3_ppo_penalty.study import plots
 from sb3_ppo_penalty.study.algorithms import ARTICLE, BASELINE
-from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Comparison, qualified_name, source_digest
+from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Comparison, source_digest
+from sb3_ppo_penalty.study.references import ARTICLE_ITERATIONS, ARTICLE_RETURN, OPTIMA
 from sb3_ppo_penalty.study.results import Results, summary
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
 #: In a cell that has nothing to say
 NO_VALUE = "\N{EN DASH}"
 REPORT, TABLE = "report.md", "results.csv"
-#: What the article says it reached in the end (section 5)
-ARTICLE_RETURN = -76.99
-
 ARTICLE_TEXT = f"""\
 ## The article's figure
 
-The article closes with an average episodic return of {ARTICLE_RETURN}, after 10,000 iterations. It is the mean of one \
-training batch of about ten episodes, with exploration noise and random starts. On Pendulum-v1 single episodes differ by a \
-standard deviation of 74 with their start alone, so the mean of eleven differs by 22 from batch to batch; and under the \
-*optimal* policy, whose mean over random starts is -137.6, such a batch beats {ARTICLE_RETURN} with a probability of 0.2 to \
-0.4 %. It is a lucky batch, not a level. In the article's own terms, and in this report's:
+The article closes with an average episodic return of {ARTICLE_RETURN}, after {ARTICLE_ITERATIONS:,} iterations. It is \
+the mean of one training batch of about ten episodes, with exploration noise and random starts. On Pendulum-v1 single \
+episodes differ by a standard deviation of 74 with their start alone, so the mean of eleven differs by 22 from batch to \
+batch; and under the *optimal* policy, whose mean over random starts is {OPTIMA["Pendulum-v1"]}, such a batch beats \
+{ARTICLE_RETURN} with a probability of 0.2 to 0.4 %. It is a lucky batch, not a level. In the article's own terms, and in \
+this report's:
 """
 
 
@@ -126,7 +125,7 @@ def settings_section(comparison: Comparison) -> str:
     """
     parts = ["## Settings\n"]
     for algo, settings in comparison.settings.items():
-        plain = json.loads(json.dumps(settings.hyperparams, default=qualified_name))
+        plain = json.loads(json.dumps(settings.hyperparams, default=str))
         parts.append(f"`{algo}`: {settings.source}\n\n```yaml\n{yaml.safe_dump(plain, sort_keys=True)}```\n")
     return "\n".join(parts)
 

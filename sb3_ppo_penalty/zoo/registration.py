@@ -1,7 +1,7 @@
 """What RL Zoo's tables get, and its experiment manager where these algorithms need something else."""
 
 from argparse import Namespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 import rl_zoo3.exp_manager
@@ -16,20 +16,9 @@ from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.zoo import HYPERPARAMS
 from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
-
-class ZooEntry(NamedTuple):
-    """
-    What RL Zoo must know of an algorithm.
-
-    :param algorithm: its class
-    :param sampler: draws hyperparameters for an Optuna trial
-    """
-
-    algorithm: type[BaseAlgorithm]
-    sampler: Sampler
-
-
-ENTRIES = {"ppo_penalty": ZooEntry(PPOPenalty, sample_ppo_penalty), "ppo_clip": ZooEntry(PPOClip, sample_ppo_clip)}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo_penalty": PPOPenalty, "ppo_clip": PPOClip}
+#: How Optuna draws each algorithm's hyperparameters
+SAMPLERS: dict[str, Sampler] = {"ppo_penalty": sample_ppo_penalty, "ppo_clip": sample_ppo_clip}
 
 
 class Manager(ExperimentManager):
@@ -43,7 +32,7 @@ class Manager(ExperimentManager):
     """
 
     def __init__(self, args: Namespace, algo: str, *others: Any, **kwargs: Any) -> None:
-        if algo in ENTRIES and kwargs.get("config") is None:
+        if algo in ALGORITHMS and kwargs.get("config") is None:
             kwargs["config"] = str(HYPERPARAMS / f"{algo}.yml")
         super().__init__(args, algo, *others, **kwargs)
 
@@ -77,10 +66,9 @@ def register() -> None:
     """Fill RL Zoo's tables: see :func:`sb3_ppo_penalty.zoo.register`."""
     samplers: dict[str, Any] = HYPERPARAMS_SAMPLER  # whose inferred types hold RL Zoo's own functions only
     converters: dict[str, Any] = HYPERPARAMS_CONVERTER
-    for name, entry in ENTRIES.items():
-        ALGOS[name] = entry.algorithm
-        samplers[name] = entry.sampler
-        converters[name] = convert
+    ALGOS.update(ALGORITHMS)
+    samplers.update(SAMPLERS)
+    converters.update(dict.fromkeys(ALGORITHMS, convert))
     # `train` has its own reference; who imports the manager later takes the first
     modules: list[Any] = [rl_zoo3.exp_manager, rl_zoo3.train]
     for module in modules:
