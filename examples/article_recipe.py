@@ -1,9 +1,10 @@
 """
-The article's section 5 as it is run there: PPO-clip on Pendulum-v1 with batches of whole episodes.
+Run the article's section 5: PPO-clip on Pendulum-v1 with batches of whole episodes.
 
     python examples/article_recipe.py --n-timesteps 220000
 
-What the article logs, saves and renders in its own loop is here SB3's logger and callbacks:
+What the article (https://www.cnblogs.com/xingzheai/p/15931681.html) logs, saves and renders in its own loop is done here by
+SB3's logger and callbacks:
 
     average episodic length, return of the batch   rollout/ep_len_mean, rollout/ep_rew_mean (Monitor's episodes)
     average actor loss, value loss                 train/policy_gradient_loss, train/value_loss
@@ -14,7 +15,7 @@ What the article logs, saves and renders in its own loop is here SB3's logger an
 Writes into ``--out``: progress.csv, checkpoints/, episodes/, model.zip.
 
 The recipe is slow: an iteration of 2,200 steps makes ten gradient steps. After 220,000 steps (a minute or two) seed 0 still
-stands near -1,350; the article shows iteration 10,000, which is 22 million steps.
+returns about -1,350; the article shows iteration 10,000, which is 22 million steps.
 """
 
 import argparse
@@ -35,12 +36,12 @@ ENV_ID, EPISODE_LENGTH = "Pendulum-v1", 200
 
 class AfterUpdate(EventCallback):
     """
-    Calls another callback once per iteration, when the policy has been updated; for that callback a step is an iteration.
+    Call another callback once per iteration, after the policy's update.
 
-    SB3 logs before the update and steps its callbacks during the rollout, so that a log would show the losses of the iteration
+    SB3 logs before the update and calls its callbacks during the rollout: a log would then show the losses of the iteration
     before, and a checkpoint would miss the last update.
 
-    :param callback: called after every update
+    :param callback: called after every update; its steps are iterations
     """
 
     def _on_rollout_start(self) -> None:
@@ -52,7 +53,7 @@ class AfterUpdate(EventCallback):
 
 
 class LogIteration(BaseCallback):
-    """One line of the log per call, with everything that the iteration recorded."""
+    """Write one line of the log per call, with everything that the iteration recorded."""
 
     def _on_step(self) -> bool:
         self.model.dump_logs(self.n_calls)
@@ -61,10 +62,10 @@ class LogIteration(BaseCallback):
 
 class RenderEpisode(BaseCallback):
     """
-    Writes the first episode of a batch as an animated GIF.
+    Write the first episode of a batch as an animated GIF.
 
-    :param every: number of iterations from one GIF to the next; the first shows the untrained policy
-    :param folder: where to; the name is the number of the iteration, counted from 1
+    :param every: number of iterations from one GIF to the next; the first GIF shows the untrained policy
+    :param folder: folder for the GIFs, each named after its iteration, counted from 1
     """
 
     def __init__(self, every: int, folder: Path):
@@ -100,8 +101,10 @@ class RenderEpisode(BaseCallback):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
-    :param arguments: of the command line
-    :return: with their defaults
+    Parse the command line.
+
+    :param arguments: words of the command line; default: this process's
+    :return: the parsed arguments
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-timesteps", type=int, default=220_000, help="rounded up to whole batches of 2200")
@@ -114,7 +117,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Train with the recipe and compare its return with the article's.
+
+    :param arguments: words of the command line; default: this process's
     """
     options = parse(arguments)
     # The window of SB3's averages: the episodes of one batch, as in the article

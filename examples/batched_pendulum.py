@@ -1,5 +1,5 @@
 """
-Train on 64 pendulums that are one batch of numpy arrays: how to write such an environment, and what it saves.
+Train on 64 pendulums that are one batch of numpy arrays: how to write such an environment, and how fast it is.
 
     python examples/batched_pendulum.py                   # trains, and prints steps per second
     python examples/batched_pendulum.py --timesteps 4096  # shorter
@@ -28,7 +28,7 @@ HIGH = np.array([1.0, 1.0, 8.0], dtype=np.float32)
 
 class BatchedPendulum(VectorEnv[Array, Array, Array]):
     """
-    Gymnasium's ``Pendulum-v1``, many at a time: the same equations, on arrays.
+    Gymnasium's ``Pendulum-v1`` for many pendulums at a time, by the same equations on arrays.
 
     :param num_envs: number of pendulums
     """
@@ -45,9 +45,11 @@ class BatchedPendulum(VectorEnv[Array, Array, Array]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """
-        :param seed: for all pendulums together
-        :param options: none
-        :return: first observations, and no infos
+        Start a new episode of all pendulums.
+
+        :param seed: seed of all pendulums together
+        :param options: not used
+        :return: first observations, shape (num_envs, 3), and no infos
         """
         super().reset(seed=seed)
         self.angle, self.speed = self.np_random.uniform([[-np.pi], [-1.0]], [[np.pi], [1.0]], size=(2, self.num_envs))
@@ -56,8 +58,10 @@ class BatchedPendulum(VectorEnv[Array, Array, Array]):
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """
+        Move all pendulums by one time step; their episodes end together.
+
         :param actions: torques, shape (num_envs, 1)
-        :return: observations, rewards, terminations, truncations and infos; episodes of all pendulums end together
+        :return: observations, rewards, terminations, truncations and infos
         """
         torque = np.clip(actions[:, 0], -2.0, 2.0)
         from_upright = (self.angle + np.pi) % (2 * np.pi) - np.pi
@@ -71,12 +75,16 @@ class BatchedPendulum(VectorEnv[Array, Array, Array]):
         return self.reset()[0], rewards, np.zeros_like(over), over, {"final_obs": observations, "final_info": {}}
 
     def _observations(self) -> Array:
-        """:return: cosine and sine of the angle, and the speed, shape (num_envs, 3)."""
+        """
+        Observe all pendulums.
+
+        :return: cosine and sine of the angle, and the speed, shape (num_envs, 3)
+        """
         return np.stack([np.cos(self.angle), np.sin(self.angle), self.speed], axis=1).astype(np.float32)
 
 
 def main() -> None:
-    """Train, and say how fast."""
+    """Train, and print the number of steps per second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timesteps", type=int, default=200_000, help="steps of all pendulums together")
     parser.add_argument("--n-envs", type=int, default=64, help="number of pendulums")

@@ -1,12 +1,12 @@
 """
-How training on several processes scales: measured for one and two here, planned for more from a model fitted to that.
+Measure how training scales from one to two processes, and plan for more from a model fitted to that.
 
     python examples/benchmark_scaling.py  # about eight minutes on a machine that does nothing else
 
 Every process has its own environments and rollout ("weak scaling": twice as many processes collect twice as many steps per
 update). Measured are collection and update of one and of two processes over numbers of environments, and torch.distributed's
-all-reduce between two processes over sizes. The plan for 8, 64 and 512 is arithmetic on these figures, with the assumptions
-that the report states; nobody has run it.
+all-reduce between two processes over sizes. The plan for 8, 64 and 512 processes is calculated from these figures under the
+assumptions that the report states; it has not been run.
 """
 
 import argparse
@@ -49,9 +49,9 @@ ALGORITHMS = ("ring", "tree")
 
 class TimedTraining:
     """
-    A training, timed rollout by rollout.
+    A model whose collection and update are timed rollout by rollout.
 
-    :param model: trained
+    :param model: the model to train
     """
 
     def __init__(self, model: PPOPenalty) -> None:
@@ -66,7 +66,9 @@ class TimedTraining:
 
     def __call__(self, steps: int) -> tuple[float, float]:
         """
-        :param steps: of one rollout of all processes
+        Collect one rollout and learn from it.
+
+        :param steps: environment steps of one rollout of all processes
         :return: seconds of the collection and of the update
         """
         start = time.perf_counter()
@@ -76,9 +78,11 @@ class TimedTraining:
 
 def measure_trainings(ranks: Ranks, options: argparse.Namespace) -> list[dict[str, float]]:
     """
-    :param ranks: the processes that take part
-    :param options: of the command line
-    :return: a row for every number of environments
+    Time trainings over numbers of environments.
+
+    :param ranks: the processes that train together
+    :param options: parsed arguments of the command line
+    :return: a row for each number of environments
     """
     rows = []
     for n_envs in options.n_envs:
@@ -101,9 +105,11 @@ def measure_trainings(ranks: Ranks, options: argparse.Namespace) -> list[dict[st
 
 def measure_all_reduce(repetitions: int, sizes: Sequence[int]) -> list[dict[str, float]]:
     """
-    :param repetitions: of each size
-    :param sizes: in bytes
-    :return: a row for every size
+    Time torch.distributed's all-reduce over sizes of the vector.
+
+    :param repetitions: number of repetitions of each size
+    :param sizes: sizes of the vector in bytes
+    :return: a row for each size
     """
     rows = []
     for size in sizes:
@@ -119,9 +125,9 @@ def measure_all_reduce(repetitions: int, sizes: Sequence[int]) -> list[dict[str,
 
 def measure_in_worker(options: argparse.Namespace) -> None:
     """
-    What runs in each process that is measured.
+    Measure in one of the processes; the main one writes the results.
 
-    :param options: of the command line
+    :param options: parsed arguments of the command line
     """
     th.set_num_threads(1)
     with session() as ranks:
@@ -134,9 +140,11 @@ def measure_in_worker(options: argparse.Namespace) -> None:
 
 def measure(size: int, arguments: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """
+    Start processes that measure, and read their results.
+
     :param size: number of processes
-    :param arguments: of the command line
-    :return: what they measured
+    :param arguments: words of the command line
+    :return: rows by kind of measurement: ``"trainings"`` and ``"all_reduce"``
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
     with tempfile.TemporaryDirectory() as folder:
@@ -149,15 +157,15 @@ def measure(size: int, arguments: Sequence[str]) -> dict[str, list[dict[str, flo
 @dataclass(frozen=True)
 class TimeModel:
     """
-    What the plan is made of. All in seconds; fitted by least squares, what would be negative to 0.
+    A model of the time that training takes, in seconds, fitted by least squares.
 
-    :param step_s: of all environments once, whatever their number: the policy's forward pass, and Python
-    :param env_s: of each environment in such a step
-    :param spread: standard deviation of a collection, as a share of it
-    :param minibatch_s: of one process alone
-    :param shared_s: that a minibatch takes longer where there are two processes, beside the all-reduce itself
-    :param latency_s: until a message has arrived
-    :param byte_s: per byte of a message
+    :param step_s: a step of all environments, whatever their number: the policy's forward pass, and Python
+    :param env_s: each environment in such a step
+    :param spread: standard deviation of a collection's time, as a share of it
+    :param minibatch_s: a minibatch of one process alone
+    :param shared_s: extra time of a minibatch where there are two processes, besides the all-reduce itself
+    :param latency_s: time until a message has arrived
+    :param byte_s: time per byte of a message
     """
 
     step_s: float
@@ -170,12 +178,14 @@ class TimeModel:
 
     def all_reduce_s(self, ranks: int, size: float, algorithm: str) -> float:
         """
+        Predict the time of one all-reduce.
+
         :param ranks: number of processes
-        :param size: in bytes
+        :param size: size of the vector in bytes
         :param algorithm: ``"ring"``: 2 (R - 1) messages one after the other, of 1/R of the vector each; ``"tree"``: up and
             down a binary tree, 2 log2 R messages one after the other, of which the long ones are cut in pieces that follow
             each other, so that every byte is paid for twice
-        :return: for one all-reduce
+        :return: seconds
         """
         if ranks == 1:
             return 0.0
@@ -185,10 +195,12 @@ class TimeModel:
 
     def iteration_s(self, row: dict[str, float], ranks: int, algorithm: str) -> float:
         """
-        :param row: of a measured training: its sizes
+        Predict the time of one rollout, for which all wait until the slowest has collected, and of its update.
+
+        :param row: a measured training, for its sizes
         :param ranks: number of processes
-        :param algorithm: of the all-reduce
-        :return: for one rollout, for which all wait until the slowest has collected, and its update
+        :param algorithm: algorithm of the all-reduce
+        :return: seconds
         """
         collect = row["n_steps"] * (self.step_s + self.env_s * row["n_envs"])
         slowest = collect * (1 + self.spread * math.sqrt(2 * math.log(ranks)))
@@ -198,20 +210,22 @@ class TimeModel:
 
     def efficiency(self, row: dict[str, float], ranks: int, algorithm: str) -> float:
         """
-        :param row: of a measured training: its sizes
+        Predict the steps per second and process, relative to one process alone.
+
+        :param row: a measured training, for its sizes
         :param ranks: number of processes
-        :param algorithm: of the all-reduce
-        :return: steps per second and process, to those of one process alone
+        :param algorithm: algorithm of the all-reduce
+        :return: 1 if nothing is lost
         """
         return self.iteration_s(row, 1, algorithm) / self.iteration_s(row, ranks, algorithm)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """
-    Least squares on the relative error: small and large values count the same.
+    Fit a line by least squares on the relative error, so that small and large values count the same.
 
-    :param x: where
-    :param y: measured there, above 0
+    :param x: positions
+    :param y: measured values, above 0
     :return: intercept and slope, neither below 0
     """
     xs, ys = np.array(x), np.array(y)
@@ -226,9 +240,11 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 def fit_model(one: list[dict[str, float]], two: list[dict[str, float]], all_reduce: list[dict[str, float]]) -> TimeModel:
     """
+    Fit the model of the time to the measurements.
+
     :param one: trainings of one process
-    :param two: of two
-    :param all_reduce: between two
+    :param two: trainings of two processes
+    :param all_reduce: all-reduces between two processes
     :return: the model
     """
     step_s, env_s = fit_line([row["n_envs"] for row in one], [row["collect_s"] / row["n_steps"] for row in one])
@@ -244,9 +260,11 @@ def fit_model(one: list[dict[str, float]], two: list[dict[str, float]], all_redu
 
 def measured_table(one: list[dict[str, float]], two: list[dict[str, float]], model: TimeModel) -> list[str]:
     """
+    Write the table of the measured trainings.
+
     :param one: trainings of one process
-    :param two: of two
-    :param model: fitted to them
+    :param two: trainings of two processes
+    :param model: the fitted model
     :return: lines of Markdown
     """
     lines = [
@@ -263,8 +281,10 @@ def measured_table(one: list[dict[str, float]], two: list[dict[str, float]], mod
 
 def plan_table(row: dict[str, float], model: TimeModel) -> list[str]:
     """
-    :param row: a measured training: its sizes
-    :param model: fitted
+    Write the table of the planned efficiencies.
+
+    :param row: a measured training, for its sizes
+    :param model: the fitted model
     :return: lines of Markdown
     """
     lines = ["| network | all-reduce | " + " | ".join(f"{ranks} ranks" for ranks in PLANNED) + " |"]
@@ -294,8 +314,10 @@ Assumptions of the plan, which is a plan and not a measurement:
 
 def report(found: dict[int, dict[str, list[dict[str, float]]]], command: str) -> str:
     """
-    :param found: what one and what two processes measured
-    :param command: that did it
+    Write the report.
+
+    :param found: what one process and what two processes measured
+    :param command: the command that measured
     :return: in Markdown
     """
     one, two, all_reduce = found[1]["trainings"], found[2]["trainings"], found[2]["all_reduce"]
@@ -326,8 +348,10 @@ def report(found: dict[int, dict[str, list[dict[str, float]]]], command: str) ->
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """
-    :param path: of a CSV file
-    :param rows: with the same columns
+    Write rows as a CSV file.
+
+    :param path: path of the file
+    :param rows: rows with the same columns
     """
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -337,7 +361,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Measure, and write the report and its tables.
+
+    :param arguments: words of the command line; default: this process's
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

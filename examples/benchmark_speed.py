@@ -1,5 +1,5 @@
 """
-How fast training is beside stock PPO: steps per second, the split into collection and update, compilation, peak memory.
+Measure how fast training is beside stock PPO: steps per second, collection and update, compilation, peak memory.
 
     python examples/benchmark_speed.py                # the README's table, about five minutes
     python examples/benchmark_speed.py --parts grid   # ... over environments, numbers of environments, batch sizes
@@ -52,7 +52,7 @@ CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
 
 class CheapEnv(gym.Env[Any, Any]):
     """
-    An environment that costs nothing, with as many actions as asked for.
+    An environment that takes hardly any time, with any number of action dimensions.
 
     :param action_dim: number of action dimensions
     """
@@ -63,20 +63,32 @@ class CheapEnv(gym.Env[Any, Any]):
         self.steps = 0
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """:return: an observation, and no info."""
+        """
+        Start a new episode.
+
+        :return: an observation, and no info
+        """
         super().reset(seed=options.get("seed"))
         self.steps = 0
         return self.np_random.uniform(-1, 1, 16).astype(np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """:return: a random observation, and how far the action is from zero."""
+        """
+        Return a random observation and how far the action is from zero.
+
+        :return: observation, reward, terminated, truncated and info
+        """
         self.steps += 1
         observation = self.np_random.uniform(-1, 1, 16).astype(np.float32)
         return observation, -float(np.square(action).mean()), False, self.steps == 200, {}
 
 
 def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]]:
-    """:return: all of them, with SBX where it is installed."""
+    """
+    List the contenders, with SBX where it is installed.
+
+    :return: class and its arguments by name
+    """
     if importlib.util.find_spec("sbx") is None:
         return CONTENDERS
     import sbx
@@ -86,12 +98,12 @@ def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]
 
 class TimedTraining:
     """
-    One contender, timed rollout by rollout.
+    A contender whose collection and update are timed rollout by rollout.
 
-    :param algorithm: class
-    :param env: environment's id, or what makes one
+    :param algorithm: class of the algorithm
+    :param env: id of the environment, or a function that makes one
     :param n_envs: number of environments
-    :param options: of the algorithm
+    :param options: arguments of the algorithm
     """
 
     def __init__(self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, **options: Any) -> None:
@@ -117,15 +129,15 @@ def run_case(
     part: str, name: str, env: Any, repetitions: int, names: Sequence[str] = (), **options: Any
 ) -> list[dict[str, Any]]:
     """
-    Let the contenders take turns.
+    Let the contenders take turns at one case.
 
-    :param part: of the benchmark
-    :param name: of the case
-    :param env: environment's id, or what makes one
+    :param part: name of the benchmark's part
+    :param name: name of the case
+    :param env: id of the environment, or a function that makes one
     :param repetitions: number of turns after the first
-    :param names: of the contenders; default: all
+    :param names: names of the contenders; default: all
     :param options: ``n_envs`` and arguments of the algorithms
-    :return: a row for every contender
+    :return: a row for each contender
     """
     n_envs = options.pop("n_envs", 4)
     runs = {
@@ -161,8 +173,10 @@ def run_case(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """
-    :param rows: of one part
-    :return: in Markdown
+    Write the rows of a part as a table.
+
+    :param rows: rows of one part
+    :return: Markdown table
     """
     lines = [
         "| case | contender | steps/s | steps/s, ratio | collection, ratio | update, ratio | compilation |",
@@ -177,16 +191,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main_part(repetitions: int) -> list[dict[str, Any]]:
     """
-    :param repetitions: turns
-    :return: Pendulum with SB3's defaults and four environments
+    Measure Pendulum-v1 with SB3's defaults and four environments.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each contender
     """
     return run_case("main", "Pendulum-v1, n_envs 4, batch 64", "Pendulum-v1", repetitions)
 
 
 def grid_part(repetitions: int) -> list[dict[str, Any]]:
     """
-    :param repetitions: turns
-    :return: over environments, numbers of environments and batch sizes, in rollouts of 4,096 steps
+    Measure over environments, numbers of environments and batch sizes, in rollouts of 4,096 steps.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each case and contender
     """
     rows = []
     for env in ("Pendulum-v1", "HalfCheetah-v5"):
@@ -200,8 +218,10 @@ def grid_part(repetitions: int) -> list[dict[str, Any]]:
 
 def scale_part(repetitions: int) -> list[dict[str, Any]]:
     """
-    :param repetitions: turns
-    :return: over the width of the networks and the number of actions, in rollouts of 1,024 steps
+    Measure over the width of the networks and the number of actions, in rollouts of 1,024 steps.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each case and contender
     """
     rows = []
     options: dict[str, Any] = {"n_envs": 4, "n_steps": 256, "batch_size": 64}
@@ -224,9 +244,11 @@ def scale_part(repetitions: int) -> list[dict[str, Any]]:
 
 def peak_memory(contender: str, images: bool) -> float:
     """
-    :param contender: its name
-    :param images: a rollout of 2,048 x 16 images of 4 x 84 x 84 bytes instead of Pendulum's
-    :return: the largest resident size of a process that collects one rollout and learns from it, in MB
+    Measure the peak memory of this process while it collects one rollout and learns from it.
+
+    :param contender: name of the contender
+    :param images: take a rollout of 2,048 x 16 images of 4 x 84 x 84 bytes instead of Pendulum's
+    :return: largest resident size in MB
     """
     algorithm, options = CONTENDERS[contender]
     if images:
@@ -241,8 +263,10 @@ def peak_memory(contender: str, images: bool) -> float:
 
 def memory_part(repetitions: int) -> list[dict[str, Any]]:
     """
+    Measure the peak memory of each contender in a process of its own.
+
     :param repetitions: not used
-    :return: peak memory, a process of its own for each
+    :return: a row for each rollout and contender
     """
     rows = []
     for images in (False, True):
@@ -267,10 +291,12 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 
 def report(part: str, rows: Sequence[dict[str, Any]], repetitions: int) -> str:
     """
-    :param part: name of a part
-    :param rows: of it
-    :param repetitions: turns
-    :return: in Markdown
+    Write the report of a part.
+
+    :param part: name of the part
+    :param rows: rows of the part
+    :param repetitions: number of turns
+    :return: the report in Markdown
     """
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}, Python {platform.python_version()}"
     head = f"# Speed: {part}\n\n`python examples/benchmark_speed.py --parts {part} --repetitions {repetitions}`, {versions}, "
@@ -284,7 +310,9 @@ def report(part: str, rows: Sequence[dict[str, Any]], repetitions: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Measure the chosen parts and write their reports and tables.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["main"], help="what to measure")

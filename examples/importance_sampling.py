@@ -1,5 +1,5 @@
 """
-Why the new policy must stay near the old one: importance sampling keeps the mean and loses the variance.
+Show why the new policy must stay near the old one: importance sampling keeps the mean but not the variance.
 
 The article's section 3: samples of q, weighted by p/q, have the mean that samples of p have, E_q[f p/q] = E_p[f], but not
 their variance, which grows as q leaves p. Here p = N(0, 1) stands for the policy being trained, q = N(shift, width^2) for the
@@ -46,11 +46,11 @@ ROLLOUT = 2048
 
 class Moments(NamedTuple):
     """
-    Of f p/q where x is drawn from q.
+    Moments of f p/q where x is drawn from q.
 
     :param mean: E[f p/q]
     :param variance: Var[f p/q]
-    :param effective_sample_size: of the weights p/q, as a fraction
+    :param effective_sample_size: effective sample size of the weights p/q, as a fraction of the samples
     """
 
     mean: float
@@ -60,11 +60,14 @@ class Moments(NamedTuple):
 
 def closed_form(shift: float, width: float) -> Moments:
     """
-    From p^2 / q, which is ``weight`` times a Gaussian: E[(p/q)^2] = weight, E[(f p/q)^2] = weight * (its fourth moment).
+    Compute the moments exactly.
+
+    ``p^2 / q`` is ``weight`` times a Gaussian: E[(p/q)^2] = weight, and E[(f p/q)^2] = weight * (the Gaussian's fourth
+    moment).
 
     :param shift: mean of q
     :param width: standard deviation of q; at 1 / sqrt(2) and below the variance is infinite
-    :return: exact; with width 1 the effective sample size is exp(-shift^2)
+    :return: exact moments; with width 1 the effective sample size is exp(-shift^2)
     """
     excess = 2 * width**2 - 1
     if excess <= 0:
@@ -77,10 +80,12 @@ def closed_form(shift: float, width: float) -> Moments:
 
 def weighted_samples(shift: float, width: float, shape: tuple[int, ...]) -> tuple[th.Tensor, th.Tensor]:
     """
+    Draw weighted samples of q from torch's global generator.
+
     :param shift: mean of q
     :param width: standard deviation of q
-    :param shape: of what is drawn, from torch's global generator
-    :return: f p/q and log(p/q) of samples of q
+    :param shape: shape of the samples
+    :return: f p/q and log(p/q) of each sample, both of that shape
     """
     p, q = Normal(th.tensor(0.0, dtype=th.float64), 1.0), Normal(th.tensor(shift, dtype=th.float64), width)
     x = q.sample(shape)
@@ -90,10 +95,12 @@ def weighted_samples(shift: float, width: float, shape: tuple[int, ...]) -> tupl
 
 def monte_carlo(shift: float, width: float, n_samples: int) -> Moments:
     """
+    Estimate the moments from samples of q.
+
     :param shift: mean of q
     :param width: standard deviation of q
-    :param n_samples: drawn from q
-    :return: estimates
+    :param n_samples: number of samples
+    :return: estimated moments
     """
     products, log_ratio = weighted_samples(shift, width, (n_samples,))
     return Moments(products.mean().item(), products.var().item(), effective_sample_size(log_ratio).item())
@@ -101,9 +108,11 @@ def monte_carlo(shift: float, width: float, n_samples: int) -> Moments:
 
 def divergence(shift: float, width: float) -> float:
     """
+    Compute KL(q || p), the quantity that the penalty keeps small.
+
     :param shift: mean of q
     :param width: standard deviation of q
-    :return: KL(q || p), what the penalty holds down, in nats
+    :return: KL in nats
     """
     q_mean, q_std, zero, one = (th.tensor([[value]], dtype=th.float64) for value in (shift, width, 0.0, 1.0))
     return kl_diagonal_gaussian(q_mean, q_std, zero, one).item()
@@ -111,7 +120,9 @@ def divergence(shift: float, width: float) -> float:
 
 def print_table(n_samples: int) -> None:
     """
-    :param n_samples: for each line
+    Print the closed forms beside Monte Carlo estimates.
+
+    :param n_samples: number of samples for each line
     """
     print(f"p = N(0, 1), q = N(shift, width^2), f(x) = x^2, {n_samples} samples of q per line; * is Monte Carlo\n")
     print("".join(f"{name:>11}" for name in COLUMNS))
@@ -131,7 +142,9 @@ def print_table(n_samples: int) -> None:
 
 def draw_means(axes: Axes) -> None:
     """
-    :param axes: gets repeated estimates of E[f], as box plots of 5, 25, 50, 75 and 95 %, with their means
+    Draw repeated estimates of E[f] as box plots of 5, 25, 50, 75 and 95 %, with their means.
+
+    :param axes: axes to draw on
     """
     shifts = [0.25 * step for step in range(7)]
     estimates = [weighted_samples(shift, 1.0, (1000, ROLLOUT))[0].mean(dim=1).numpy() for shift in shifts]
@@ -159,9 +172,11 @@ def draw_means(axes: Axes) -> None:
 
 def draw_against_shift(axes: Axes, field: str, n_samples: int) -> None:
     """
-    :param axes: gets one of the moments over the shift, a line (closed form) and dots (Monte Carlo) for each width
-    :param field: name of the moment
-    :param n_samples: for each dot
+    Draw one of the moments over the shift: a line (closed form) and dots (Monte Carlo) for each width.
+
+    :param axes: axes to draw on
+    :param field: name of the moment in :class:`Moments`
+    :param n_samples: number of samples for each dot
     """
     line, dots = [0.02 * step for step in range(101)], [0.25 * step for step in range(9)]
     for width, colour in zip(WIDTHS, ("tab:orange", "tab:blue", "tab:green"), strict=True):
@@ -174,8 +189,10 @@ def draw_against_shift(axes: Axes, field: str, n_samples: int) -> None:
 
 def draw(out: Path, n_samples: int) -> None:
     """
-    :param out: the picture
-    :param n_samples: for each dot
+    Draw the figure.
+
+    :param out: path of the picture
+    :param n_samples: number of samples for each dot
     """
     style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
@@ -192,7 +209,9 @@ def draw(out: Path, n_samples: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Print the table and draw the figure.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     picture = Path(__file__).parent / "results" / "importance_sampling.png"

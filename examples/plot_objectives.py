@@ -1,5 +1,5 @@
 """
-What the algorithms maximise, drawn from the package's own loss functions.
+Draw what the algorithms maximise, from the package's own loss functions.
 
 The clip function (the article's figure 1), the clipped surrogate of one sample for A > 0 and for A < 0 (figure 2), and,
 which the article does not draw, the penalised objective J - beta * KL(old || new) of a Gaussian whose mean moves.
@@ -32,8 +32,10 @@ RATIO_LABEL = r"ratio $r = \pi_\theta(a|s)\,/\,\pi_{\theta^k}(a|s)$"
 
 def surrogate_curve(ratio: th.Tensor, advantage: float) -> th.Tensor:
     """
-    :param ratio: shape (points,)
-    :param advantage: of the one sample
+    Compute the surrogate of one sample over the ratio.
+
+    :param ratio: probability ratios, shape (points,)
+    :param advantage: advantage of the sample
     :return: r A at each ratio, shape (points,)
     """
     return th.vmap(lambda r: losses.surrogate(r, th.tensor(advantage)))(ratio)
@@ -41,8 +43,10 @@ def surrogate_curve(ratio: th.Tensor, advantage: float) -> th.Tensor:
 
 def clipped_surrogate_curve(ratio: th.Tensor, advantage: float) -> th.Tensor:
     """
-    :param ratio: shape (points,)
-    :param advantage: of the one sample
+    Compute the clipped surrogate of one sample over the ratio.
+
+    :param ratio: probability ratios, shape (points,)
+    :param advantage: advantage of the sample
     :return: min(r A, clip(r) A) at each ratio, shape (points,)
     """
     return th.vmap(lambda r: losses.clipped_surrogate(r, th.tensor(advantage), EPS))(ratio)
@@ -50,9 +54,11 @@ def clipped_surrogate_curve(ratio: th.Tensor, advantage: float) -> th.Tensor:
 
 def clip_curve(ratio: th.Tensor) -> th.Tensor:
     """
-    The clip function, which the loss holds inside its minimum: A = 1 shows its upper bend, A = -1 the lower one.
+    Compute the clip function from the clipped surrogate, which has it only inside its minimum.
 
-    :param ratio: shape (points,)
+    A = 1 shows its upper bend, A = -1 the lower one.
+
+    :param ratio: probability ratios, shape (points,)
     :return: clip(r, 1 - eps, 1 + eps), shape (points,)
     """
     bends = clipped_surrogate_curve(ratio, 1.0) - clipped_surrogate_curve(ratio, -1.0)
@@ -61,13 +67,13 @@ def clip_curve(ratio: th.Tensor) -> th.Tensor:
 
 def penalized_curve(shift: th.Tensor, kl_coef: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    The objective in one state whose advantage is the action in standard deviations, for a Gaussian that keeps its width.
+    Compute the penalised objective in one state for a Gaussian whose mean moves and whose width stays.
 
-    The expectation over the old policy's actions is a Gauss-Hermite sum, which has no noise: each advantage carries its
-    action's weight.
+    The advantage of an action is its distance from the old mean in standard deviations. The expectation over the old policy's
+    actions is a Gauss-Hermite sum, which has no noise: each advantage carries its action's weight.
 
     :param shift: how far the mean has moved, in standard deviations, shape (points,)
-    :param kl_coef: beta
+    :param kl_coef: coefficient beta of the penalty
     :return: J - beta * KL(old || new), and KL(old || new) in nats, at each mean; both of shape (points,)
     """
     nodes, weights = (th.from_numpy(column) for column in hermegauss(64))
@@ -86,7 +92,9 @@ def penalized_curve(shift: th.Tensor, kl_coef: float) -> tuple[th.Tensor, th.Ten
 
 def draw_clip(axes: Axes) -> None:
     """
-    :param axes: gets the article's figure 1
+    Draw the article's figure 1.
+
+    :param axes: axes to draw on
     """
     ratio = th.linspace(0, 2, 401)
     axes.plot(ratio, clip_curve(ratio), color="tab:blue", linewidth=2)
@@ -96,8 +104,10 @@ def draw_clip(axes: Axes) -> None:
 
 def draw_surrogate(axes: Axes, advantage: float) -> None:
     """
-    :param axes: gets one half of the article's figure 2
-    :param advantage: of the one sample, 1 or -1
+    Draw one half of the article's figure 2.
+
+    :param axes: axes to draw on
+    :param advantage: advantage of the one sample, 1 or -1
     """
     ratio = th.linspace(0, 2, 401)
     unclipped, clipped = surrogate_curve(ratio, advantage), advantage * clip_curve(ratio)
@@ -113,7 +123,9 @@ def draw_surrogate(axes: Axes, advantage: float) -> None:
 
 def mark_clip_range(axes: Axes, sign: float) -> None:
     """
-    :param axes: with the ratio along x
+    Label both axes and mark the ends of the clip range.
+
+    :param axes: axes with the ratio along x
     :param sign: 1 if y goes up from 0 to 2, -1 if it goes down to -2
     """
     marks = (0, 1 - EPS, 1, 1 + EPS, 2)
@@ -128,7 +140,9 @@ def mark_clip_range(axes: Axes, sign: float) -> None:
 
 def draw_penalized(axes: Axes) -> None:
     """
-    :param axes: gets the penalised objective for several coefficients, each with its maximum
+    Draw the penalised objective for several coefficients, each with its maximum.
+
+    :param axes: axes to draw on
     """
     shift = th.linspace(-0.5, 2.5, 6001)
     for number, kl_coef in enumerate(KL_COEFS):
@@ -146,7 +160,9 @@ def draw_penalized(axes: Axes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Draw the figure.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "objectives.png", help="the picture")

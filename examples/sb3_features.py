@@ -1,5 +1,5 @@
 """
-What Stable-Baselines3 offers around an algorithm works around these two as well: here with PPOPenalty, in about a minute.
+Use PPOPenalty with what Stable-Baselines3 offers around an algorithm, in about a minute.
 
     python examples/sb3_features.py                          # all of it
     python examples/sb3_features.py callbacks normalization  # some of it
@@ -31,9 +31,9 @@ from sb3_ppo_penalty import PPOPenalty
 
 def callbacks(out: Path) -> None:
     """
-    Evaluate every 1,000 steps, keep the best model, save now and then, show a bar, stop when it is good enough.
+    Evaluate every 1,000 steps, keep the best model, save checkpoints, and stop when the return is good enough.
 
-    :param out: folder
+    :param out: folder for all that is written
     """
     enough = StopTrainingOnRewardThreshold(reward_threshold=200, verbose=1)
     evaluation = EvalCallback(
@@ -54,9 +54,9 @@ def callbacks(out: Path) -> None:
 
 def normalization(out: Path) -> None:
     """
-    Observations and rewards on a running scale. The scale belongs to the policy: save both, load both.
+    Normalise observations and rewards, and save and load the statistics with the model.
 
-    :param out: folder
+    :param out: folder for all that is written
     """
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0))
     model = PPOPenalty("MlpPolicy", env, n_steps=512, seed=0)
@@ -73,9 +73,11 @@ def normalization(out: Path) -> None:
 
 def mean_return(model: PPOPenalty, env: VecNormalize) -> float:
     """
-    :param model: to evaluate
-    :param env: its scale is used and not moved; the episodes' returns are the environment's own
-    :return: mean over ten episodes, the same ones at every call
+    Evaluate a model on ten episodes, the same ones at every call.
+
+    :param model: the model
+    :param env: environments, whose statistics are used and not changed; the returns are not normalised
+    :return: mean return
     """
     env.training, env.norm_reward = False, False
     env.seed(1)
@@ -84,9 +86,9 @@ def mean_return(model: PPOPenalty, env: VecNormalize) -> float:
 
 def subprocesses(out: Path) -> None:
     """
-    An environment per process. The script's last lines, ``if __name__ == "__main__"``, are what this needs.
+    Run each environment in a process of its own, which needs the script's last lines, ``if __name__ == "__main__"``.
 
-    :param out: folder
+    :param out: folder for all that is written
     """
     env = make_vec_env("Pendulum-v1", n_envs=2, seed=0, vec_env_cls=SubprocVecEnv, monitor_dir=str(out))
     model = PPOPenalty("MlpPolicy", env, n_steps=512, seed=0)
@@ -99,9 +101,9 @@ def subprocesses(out: Path) -> None:
 
 def loggers(out: Path) -> None:
     """
-    The same figures to several places; ``tensorboard --logdir`` on the folder shows them.
+    Log to CSV and to TensorBoard at once; ``tensorboard --logdir`` on the folder shows the figures.
 
-    :param out: folder
+    :param out: folder for all that is written
     """
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", n_steps=512, seed=0)
     model.set_logger(configure(str(out), ["csv", "tensorboard"]))
@@ -118,7 +120,9 @@ def loggers(out: Path) -> None:
 
 def print_files(out: Path) -> None:
     """
-    :param out: folder
+    Print the name and the size of each file that was written.
+
+    :param out: folder of the files
     """
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"  wrote {path} ({path.stat().st_size} bytes)")
@@ -129,7 +133,9 @@ FEATURES = {function.__name__: function for function in (callbacks, normalizatio
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Run the chosen parts.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", nargs="*", metavar="feature", help=f"of {', '.join(FEATURES)}; default: all")

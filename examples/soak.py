@@ -1,12 +1,12 @@
 """
-Soak test: train, save, load and resume for an hour, and watch that nothing grows and nothing leaves its bounds.
+Train, save, load and resume for an hour, and check that memory does not grow and no figure leaves its bounds.
 
     python examples/soak.py --minutes 60
 
-20 calls of ``learn``, every second one with ``reset_num_timesteps=False`` on a model that was resumed from a checkpoint, share
-the time; after each come 5 of 100 cycles of ``save`` and ``load``, whose models must be equal. The first quarter warms up;
-from there to the end the resident memory may not grow by 1 % nor the number of open files by one, and all the time ``kl_coef``
-must lie within its bounds and the measured KL between 0 and ``KL_LIMIT``.
+20 calls of ``learn`` share the time; every second one continues a model that was resumed from a checkpoint
+(``reset_num_timesteps=False``). After each call come 5 of 100 cycles of ``save`` and ``load``, whose models must be equal. The
+first quarter warms up; from there to the end the resident memory may not grow by 1 % nor the number of open files by one.
+Throughout, ``kl_coef`` must lie within its bounds and the measured KL between 0 and ``KL_LIMIT``.
 
 Writes ``soak.csv`` and ``soak.md`` into ``--out`` and exits with status 1 if anything was violated. For Linux: reads /proc.
 """
@@ -45,19 +45,19 @@ HYPERPARAMETERS = {"n_steps": 256, "learning_rate": 1e-3, "gamma": 0.95, "kl_coe
 @dataclass
 class Row:
     """
-    What a call of ``learn`` and the cycles after it came to.
+    The figures of a call of ``learn`` and of the cycles after it.
 
     :param call: number of the call, from 1
-    :param reset: whether it counted its steps from 0
-    :param steps: environment steps
-    :param updates: of the policy
+    :param reset: whether the call counted its steps from 0
+    :param steps: number of environment steps of the call
+    :param updates: number of updates of the policy
     :param kl_min: smallest measured KL(old || new), in nats
-    :param kl_max: largest one
+    :param kl_max: largest measured KL(old || new), in nats
     :param kl_coef_min: smallest coefficient
-    :param kl_coef_max: largest one
-    :param cycles: of ``save`` and ``load`` so far
+    :param kl_coef_max: largest coefficient
+    :param cycles: number of cycles of ``save`` and ``load`` so far
     :param rss_mib: resident memory afterwards, in MiB
-    :param files: open files afterwards
+    :param files: number of open files afterwards
     """
 
     call: int
@@ -75,9 +75,9 @@ class Row:
 
 class KLRecorder(BaseCallback):
     """
-    Notes the KL and the coefficient after every update, and ends training when the time is over.
+    Record the KL and the coefficient after every update, and end training when the time is over.
 
-    :param seconds: of training; there is one update at least
+    :param seconds: duration of the training; there is one update at least
     """
 
     def __init__(self, seconds: float):
@@ -101,15 +101,21 @@ class KLRecorder(BaseCallback):
 
 
 def make_env() -> VecEnv:
-    """:return: pendulums. VecMonitor, because Monitor keeps the return of every episode for ever, which is growth."""
+    """
+    Make normalised pendulums, with VecMonitor because Monitor keeps the return of every episode, which would be growth.
+
+    :return: four environments
+    """
     return VecNormalize(VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * N_ENVS)))
 
 
 def equal_models(one: PPOPenalty, other: PPOPenalty) -> bool:
     """
+    Say whether two models have equal parameters, optimizer states, coefficients and step counts.
+
     :param one: a model
-    :param other: the same, loaded
-    :return: whether parameters, optimizer and coefficient are equal
+    :param other: another model
+    :return: whether they are equal
     """
     states = [(model.policy.state_dict(), model.policy.optimizer.state_dict()["state"]) for model in (one, other)]
     tensors = [
@@ -121,14 +127,20 @@ def equal_models(one: PPOPenalty, other: PPOPenalty) -> bool:
 
 
 def resident_mib() -> float:
-    """:return: this process's resident memory, in MiB."""
+    """
+    Read the resident memory of this process.
+
+    :return: resident memory in MiB
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def soak(options: argparse.Namespace) -> list[Row]:
     """
-    :param options: of the command line
+    Train, resume, save and load until the time is over.
+
+    :param options: parsed arguments of the command line
     :return: a row for each call of ``learn``
     :raises RuntimeError: if a loaded model differs from the saved one
     """
@@ -163,8 +175,10 @@ def soak(options: argparse.Namespace) -> list[Row]:
 
 def growth(rows: Sequence[Row]) -> float:
     """
-    :param rows: of the whole soak
-    :return: by how many percent the memory grew from the second quarter of the calls to the last, medians of both
+    Compare the median memory of the last quarter of the calls with that of the second quarter.
+
+    :param rows: rows of the whole soak
+    :return: growth in percent
     """
     quarter = max(len(rows) // 4, 1)
     early = statistics.median(row.rss_mib for row in rows[quarter : 2 * quarter])
@@ -173,10 +187,12 @@ def growth(rows: Sequence[Row]) -> float:
 
 def violations(rows: Sequence[Row], bounds: tuple[float, float], max_growth: float) -> list[str]:
     """
-    :param rows: of the whole soak
-    :param bounds: of the coefficient
-    :param max_growth: of the memory, in percent
-    :return: a sentence for each thing that must not be
+    List what left its bounds.
+
+    :param rows: rows of the whole soak
+    :param bounds: lower and upper bound of the coefficient
+    :param max_growth: allowed growth of the memory, in percent
+    :return: a sentence for each violation
     """
     found = []
     for row in rows:
@@ -195,10 +211,12 @@ def violations(rows: Sequence[Row], bounds: tuple[float, float], max_growth: flo
 
 def report(rows: Sequence[Row], found: Sequence[str], options: argparse.Namespace) -> str:
     """
-    :param rows: of the whole soak
-    :param found: violations
-    :param options: of the command line
-    :return: markdown
+    Write the report.
+
+    :param rows: rows of the whole soak
+    :param found: the violations
+    :param options: parsed arguments of the command line
+    :return: the report in Markdown
     """
     names = list(asdict(rows[0]))
     table = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
@@ -218,8 +236,10 @@ def report(rows: Sequence[Row], found: Sequence[str], options: argparse.Namespac
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
-    :param arguments: of the command line
-    :return: with their defaults
+    Parse the command line.
+
+    :param arguments: words of the command line; default: this process's
+    :return: the parsed arguments
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="of training")
@@ -236,8 +256,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    :param arguments: of the command line
-    :return: 1 if something was violated, else 0
+    Run the soak test and write its report.
+
+    :param arguments: words of the command line; default: this process's
+    :return: exit code: 1 if something was violated, else 0
     """
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -31,8 +31,10 @@ from sb3_ppo_penalty.distributed.team import Ranks, session
 
 def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:
     """
-    :param ranks: the processes that take part
-    :param options: of the command line
+    Train a new model, or continue from the latest checkpoint that all processes have.
+
+    :param ranks: the processes that train together
+    :param options: parsed arguments of the command line
     :return: the trained model, the same in every process
     """
     env = make_vec_env(options.env, options.n_envs)
@@ -65,7 +67,9 @@ def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Train, and let the main process evaluate and save the model.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Pendulum-v1", help="Gymnasium's name of the environment")

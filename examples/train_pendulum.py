@@ -38,9 +38,11 @@ OPTIMUM = OPTIMA[ENV_ID]
 
 def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:
     """
-    :param seed: of the environments, the networks and the actions
+    Train on normalised rewards, with an evaluation every 5,000 steps.
+
+    :param seed: seed of the environments, the networks and the actions
     :param n_timesteps: number of environment steps
-    :param out: where the evaluations during training are kept
+    :param out: folder for the evaluations during training
     :return: the trained model
     """
     # Rewards of size 1 for the critic; observations stay as they are, so that the model needs no statistics to act
@@ -53,9 +55,11 @@ def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:
 
 def animate(model: PPOPenalty, path: Path, seed: int = 3) -> None:
     """
-    :param model: trained
-    :param path: of the GIF
-    :param seed: decides the start
+    Save an episode of the trained model as an animated GIF.
+
+    :param model: the trained model
+    :param path: path of the GIF
+    :param seed: seed of the episode's start
     """
     env = gym.make(ENV_ID, render_mode="rgb_array")
     observation, _ = env.reset(seed=seed)
@@ -72,9 +76,11 @@ def animate(model: PPOPenalty, path: Path, seed: int = 3) -> None:
 
 def plot_learning_curve(evaluations: Path, path: Path, seed: int) -> None:
     """
+    Plot the evaluations during training.
+
     :param evaluations: the ``evaluations.npz`` of SB3's EvalCallback
-    :param path: of the picture
-    :param seed: for the title
+    :param path: path of the picture
+    :param seed: seed of the training, for the title
     """
     data = np.load(evaluations)
     steps, returns = data["timesteps"], data["results"]
@@ -92,7 +98,9 @@ def plot_learning_curve(evaluations: Path, path: Path, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Train, evaluate and write the model, the animation and the learning curve.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the training run")

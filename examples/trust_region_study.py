@@ -1,14 +1,14 @@
 """
-Which way of holding the policy pays: controllers, cutoff, truncated ratios, guard and clip side by side on nine environments.
+Compare ways to bound an update: controllers, cutoff, truncated ratios, guard and clip side by side on nine environments.
 
     python examples/trust_region_study.py                              # all of it: hours on two cores
     python examples/trust_region_study.py --envs Ant-v5                # one environment
     python examples/trust_region_study.py --share 0.1 --seeds 1        # a tenth of the steps, to see how it looks
 
-Every environment is one `python -m sb3_ppo_penalty compare --same-policy`: policy, network, minibatches, learning rate and
-all else come from this package's entry for `ppo_clip`, and only the objective differs. Stock PPO, `ppo`, is then PPOClip bit
-for bit and stands for both. Started again, the study goes on with the runs that are missing. `summary.md` and `summary.csv`
-have what an algorithm came to; next to it, over the last fifth of training, what its updates looked like.
+Every environment is one `python -m sb3_ppo_penalty compare --same-policy`: policy, network, minibatches, learning rate and all
+else come from this package's entry for `ppo_clip`, and only the objective differs. Stock PPO, `ppo`, is then equal to PPOClip
+bit for bit and represents both. Started again, the study continues with the runs that are missing. `summary.md` and
+`summary.csv` have each algorithm's returns, and beside them figures of its updates over the last fifth of training.
 """
 
 import argparse
@@ -29,8 +29,10 @@ from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
 
 class Scale(NamedTuple):
     """
+    How long to train and to evaluate on an environment.
+
     :param n_timesteps: environment steps of a run
-    :param n_eval_episodes: of its last evaluation, and of those during training if they are fewer than 50
+    :param n_eval_episodes: episodes of the last evaluation, and of those during training if they are fewer than 50
     """
 
     n_timesteps: int
@@ -90,10 +92,12 @@ OVERVIEWS = {"Final return, without noise": "final_return", "Return with noise, 
 
 def compare_arguments(env: str, names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
     """
+    Write the arguments of `python -m sb3_ppo_penalty compare` for one environment.
+
     :param env: id of the environment
-    :param names: of variants
-    :param chosen: arguments of the command line
-    :return: arguments of `python -m sb3_ppo_penalty compare`
+    :param names: names of the variants
+    :param chosen: parsed arguments of the command line
+    :return: words of the command line
     """
     steps, episodes = ENVIRONMENTS[env]
     steps = max(int(steps * chosen.share), 1)
@@ -108,8 +112,10 @@ def compare_arguments(env: str, names: Sequence[str], chosen: argparse.Namespace
 
 def measure_algorithms(comparison: grid.Comparison) -> pd.DataFrame:
     """
-    :param comparison: finished
-    :return: a row for each algorithm: what it came to, and what its updates looked like in the end
+    Summarise the returns of each algorithm and the updates of the last fifth of its training.
+
+    :param comparison: a finished comparison
+    :return: a row for each algorithm
     """
     found = results.read(comparison.runs, comparison.out, comparison.threshold)
     rows = results.summary(found, comparison.optimum)
@@ -129,24 +135,30 @@ def measure_algorithms(comparison: grid.Comparison) -> pd.DataFrame:
 
 def format_figure(value: float) -> str:
     """
-    :param value: of a diagnostic
-    :return: with three significant digits; a dash where nothing was logged
+    Write a diagnostic with three significant digits.
+
+    :param value: value of the diagnostic
+    :return: the text; a dash where nothing was logged
     """
     return f"{value:.3g}" if np.isfinite(value) else NO_VALUE
 
 
 def variant_name(algo: str) -> str:
     """
+    Shorten the name of a penalty to that of the variant.
+
     :param algo: name of an algorithm
-    :return: of a penalty, the variant's name alone
+    :return: the name without ``ppo_penalty+``
     """
     return algo.removeprefix("ppo_penalty+")
 
 
 def table(rows: pd.DataFrame) -> str:
     """
-    :param rows: of one environment
-    :return: in Markdown
+    Write the table of one environment.
+
+    :param rows: rows of that environment
+    :return: Markdown table
     """
     headers = ["", "final return", "with noise, last batch", f"P(better than {BASELINE})", *DIAGNOSTICS.values()]
     lines = []
@@ -167,9 +179,11 @@ def table(rows: pd.DataFrame) -> str:
 
 def overview(rows: pd.DataFrame, column: str) -> str:
     """
-    :param rows: of all environments
-    :param column: name of a figure
-    :return: that figure of all algorithms on all environments, in Markdown
+    Write the table of one figure over all environments.
+
+    :param rows: rows of all environments
+    :param column: name of the figure
+    :return: Markdown table with a row for each algorithm
     """
     envs = list(dict.fromkeys(rows["env"]))
     figures = rows.pivot(index="algo", columns="env", values=column).reindex(dict.fromkeys(rows["algo"]))
@@ -179,8 +193,10 @@ def overview(rows: pd.DataFrame, column: str) -> str:
 
 def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path) -> None:
     """
-    :param rows: of all environments
-    :param comparisons: that they come from
+    Write the summary of all environments so far.
+
+    :param rows: rows of all environments
+    :param comparisons: the comparisons that they come from
     :param out: folder for the summary
     """
     sources = " and ".join(sorted({*" ".join(rows["source"]).split()}))
@@ -200,7 +216,9 @@ def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: of the command line
+    Run the comparisons and write the summary after each.
+
+    :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="ID")

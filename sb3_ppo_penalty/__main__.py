@@ -18,7 +18,11 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """:return: of the first word; each command has a ``--help`` of its own."""
+    """
+    Build the parser of the command's name; each command parses its own arguments.
+
+    :return: the parser
+    """
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="python -m sb3_ppo_penalty",
@@ -33,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    :param arguments: of the command line, without the program; default: this process's
+    Run one command of ``python -m sb3_ppo_penalty``.
+
+    :param arguments: words of the command line, without the program; default: this process's
     :return: the exit code
     """
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,11 +1,13 @@
-"""What can be compared. Imports nothing, so that the command line's help needs none of the extras."""
+"""The algorithms that can be compared; imports nothing, so that the command line's help needs none of the extras."""
 
 from typing import NamedTuple
 
 
 class Algorithm(NamedTuple):
     """
-    :param zoo_name: what RL Zoo calls the class
+    An algorithm of the comparison.
+
+    :param zoo_name: RL Zoo's name of the class
     :param objective: under ``--same-policy``, algorithms with the same objective take all settings from one entry, others
         keep the settings of their own objective
     """
@@ -35,7 +37,9 @@ VARIANT_SEPARATOR = "+"
 
 def base_algorithm(name: str) -> str:
     """
-    :param name: of an algorithm or of a variant of one
-    :return: the algorithm's, a key of :data:`ALGORITHMS` if there is such an algorithm
+    Return the algorithm that a variant is a variant of.
+
+    :param name: name of an algorithm or of a variant, such as ``ppo_penalty+dual``
+    :return: the name in front of the plus sign; not checked against :data:`ALGORITHMS`
     """
     return name.partition(VARIANT_SEPARATOR)[0]

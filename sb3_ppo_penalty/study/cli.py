@@ -1,4 +1,4 @@
-"""``python -m sb3_ppo_penalty compare``: run the comparison, or what is missing of it, and write the report."""
+"""The command ``python -m sb3_ppo_penalty compare``: perform the runs that are missing and write the report."""
 
 import argparse
 import re
@@ -53,7 +53,11 @@ what comes out:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """:return: of the command's arguments."""
+    """
+    Build the parser of the command's arguments.
+
+    :return: the parser
+    """
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train algorithms side by side over seeds, evaluate them on the same starts, and write a report.",
@@ -98,8 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _algorithm(text: str) -> str:
     """
-    :param text: of the command line
-    :return: an algorithm's name, or one with that of a variant behind it
+    Check that a word names an algorithm or a variant of one.
+
+    :param text: word of the command line
+    :return: the same
     """
     if not re.fullmatch(ALGORITHM_PATTERN, text):
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(ALGORITHMS)}, or one of them and +NAME, got {text}")
@@ -108,8 +114,10 @@ def _algorithm(text: str) -> str:
 
 def _positive(text: str) -> int:
     """
-    :param text: of the command line
-    :return: a number of at least 1
+    Read a number of at least 1.
+
+    :param text: word of the command line
+    :return: the number
     """
     number = int(float(text))
     if number < 1:
@@ -119,8 +127,10 @@ def _positive(text: str) -> int:
 
 def _n_jobs(text: str) -> int:
     """
-    :param text: of the command line
-    :return: a number that is not 0: joblib counts negative ones back from all cores
+    Read a number of jobs that is not 0; joblib counts negative ones back from all cores.
+
+    :param text: word of the command line
+    :return: the number
     """
     if int(text) == 0:
         raise argparse.ArgumentTypeError("must be at least 1, or -1 for as many as there are cores, got 0")
@@ -129,9 +139,11 @@ def _n_jobs(text: str) -> int:
 
 def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str, str]]:
     """
-    :param words: ``ALGO:REST``, or ``REST`` for all
-    :param algos: of the comparison
-    :return: (algorithm, rest), in order
+    Split off the algorithm in front of each word; a word without one is for all algorithms.
+
+    :param words: ``ALGO:REST`` or ``REST``
+    :param algos: names of the algorithms that are compared
+    :return: pairs (algorithm, rest), in order
     :raises ValueError: for an algorithm that is not compared
     """
     pairs: list[tuple[str, str]] = []
@@ -145,10 +157,12 @@ def split_by_algo(words: Sequence[str], algos: Sequence[str]) -> list[tuple[str,
 
 def read_overrides(words: Sequence[str], algos: Sequence[str]) -> dict[str, dict[str, Any]]:
     """
+    Read the hyperparameters that stand on the command line.
+
     :param words: ``[ALGO:]KEY=VALUE``
-    :param algos: of the comparison
-    :return: hyperparameters by algorithm
-    :raises ValueError: for a word that is none of these, or that another argument is for
+    :param algos: names of the algorithms that are compared
+    :return: values by hyperparameter, by algorithm
+    :raises ValueError: for a word of another form, or for ``n_timesteps``, which has an argument of its own
     """
     from sb3_ppo_penalty.study.grid import parse_value
 
@@ -167,9 +181,11 @@ def read_overrides(words: Sequence[str], algos: Sequence[str]) -> dict[str, dict
 
 def build_task(arguments: argparse.Namespace) -> "Task":
     """
-    :param arguments: of the command line, with its presets filled in
-    :return: what all runs have in common
-    :raises ValueError: for an environment that nobody has registered
+    Build what all runs have in common from the command line.
+
+    :param arguments: parsed arguments, in which numbers of seeds and steps are filled in
+    :return: the task
+    :raises ValueError: for an environment that is not registered, or evaluations that lie further apart than a run is long
     """
     import gymnasium as gym
 
@@ -189,10 +205,12 @@ def build_task(arguments: argparse.Namespace) -> "Task":
 
 def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison":
     """
-    :param arguments: of the command line
-    :param command: that was given
-    :return: what is to be compared
-    :raises ValueError: for arguments that cannot be meant
+    Build the comparison that the command line describes.
+
+    :param arguments: parsed arguments
+    :param command: the command, for the report
+    :return: the comparison
+    :raises ValueError: for arguments that contradict each other or cannot be read
     """
     from pathlib import Path
 
@@ -220,8 +238,10 @@ def build_comparison(arguments: argparse.Namespace, command: str) -> "Comparison
 
 def load_backend(name: str) -> "Backend":
     """
-    :param name: of the command line
-    :return: where the runs are performed
+    Import the backend that performs the runs.
+
+    :param name: :data:`LOCAL` or :data:`RAY`
+    :return: its function that performs runs
     """
     # Not at the top: Ray is optional, and takes a second
     if name == RAY:
@@ -235,12 +255,12 @@ def load_backend(name: str) -> "Backend":
 
 def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     """
-    Perform what is missing, then report on all there is.
+    Perform the runs that are missing, then report on all finished ones.
 
-    :param comparison: to be made or finished
-    :param n_jobs: runs at a time
-    :param backend: where
-    :return: exit code: 1 if a run failed
+    :param comparison: the comparison to perform or to finish
+    :param n_jobs: number of runs at a time, -1 for as many as there are cores
+    :param backend: :data:`LOCAL` or :data:`RAY`
+    :return: exit code: 1 if a run failed, else 0
     """
     from sb3_ppo_penalty.study.execution import execute
     from sb3_ppo_penalty.study.report import caveats, source_warning, table, write
@@ -265,13 +285,19 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
 
 
 def say(text: str) -> None:
-    """:param text: for the person at the command line."""
+    """
+    Print a message at once.
+
+    :param text: the message
+    """
     print(text, flush=True)  # noqa: T201
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    :param argv: the command's arguments, without its name; default: this process's
+    Run the command.
+
+    :param argv: words of the command line, without the command's name; default: this process's
     :return: exit code: 0 if every run finished, 1 if one failed, 2 for wrong arguments, 130 if ended from the keyboard
     """
     words = list(sys.argv[1:] if argv is None else argv)

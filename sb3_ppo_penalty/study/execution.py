@@ -1,4 +1,4 @@
-"""Many runs: in parallel, resumable, and none of them able to take another one down."""
+"""Perform many runs: in parallel, resumable, and so that a run that fails ends no other one."""
 
 import os
 import shutil
@@ -24,7 +24,9 @@ REFRESH, REFRESH_LOG = 0.5, 30.0
 
 class Outcome(NamedTuple):
     """
-    :param name: of the run
+    What became of a run.
+
+    :param name: name of the run
     :param error: traceback, empty if the run finished
     """
 
@@ -33,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 class BackendError(RuntimeError):
-    """The place where the runs were to be performed cannot be reached."""
+    """Raised when the machines that should perform the runs cannot be reached."""
 
 
 #: Where runs are performed: given those that remain, the comparison's folder, and how many at a time (-1: as many as there are
@@ -43,7 +45,9 @@ Backend = Callable[[list[Run], Path, int], Iterator[Outcome]]
 
 def is_finished(run: Run, out: Path) -> bool:
     """
-    :param run: of the comparison
+    Say whether a run is finished: its folder gets its name only when everything is in it.
+
+    :param run: a run of the comparison
     :param out: the comparison's folder
     :return: whether its folder is there: it gets its name when all is in it
     """
@@ -52,21 +56,23 @@ def is_finished(run: Run, out: Path) -> bool:
 
 def unfinished_folders(out: Path, name: str = "") -> list[Path]:
     """
+    List what runs that are under way, or were broken off, have written.
+
     :param out: the comparison's folder
-    :param name: of a run; empty for all of them
-    :return: what runs that are under way, or were broken off, have written
+    :param name: name of a run, empty for all runs
+    :return: paths of their hidden folders and logs
     """
     return sorted((out / RUNS).glob(f".{name}*"))
 
 
 def attempt(run: Run, out: Path, parent_pid: int) -> Outcome:
     """
-    Perform a run in a hidden folder that takes its name at the end, in one step.
+    Perform a run in a hidden folder, which is renamed in one step when the run is finished.
 
-    :param run: what to train
+    :param run: the run to perform
     :param out: the comparison's folder
-    :param parent_pid: id of the process that waits for it
-    :return: an error of the run's is reported, not raised
+    :param parent_pid: process id of the comparison that waits for the run
+    :return: the outcome; an error of the run is part of it and not raised
     """
     folder, final = out / RUNS / f".{run.name}.{os.getpid()}", out / RUNS / run.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,13 +93,13 @@ def attempt(run: Run, out: Path, parent_pid: int) -> Outcome:
 
 def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> dict[str, str]:
     """
-    Perform those that are not finished.
+    Perform the runs that are not finished.
 
-    :param runs: of the comparison
-    :param out: the comparison's folder; gets a folder for each finished run and a traceback for each that failed
-    :param n_jobs: how many at a time, -1 for as many as there are cores
-    :param backend: where
-    :return: tracebacks by run
+    :param runs: all runs of the comparison
+    :param out: the comparison's folder; gets a folder for each finished run and a traceback for each failed one
+    :param n_jobs: number of runs at a time, -1 for as many as there are cores
+    :param backend: performs the runs, see :data:`Backend`
+    :return: tracebacks by name of the run
     """
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / FAILURES, ignore_errors=True)
@@ -115,7 +121,9 @@ def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> di
 
 def remove_unfinished(out: Path) -> None:
     """
-    :param out: the comparison's folder: what runs that were broken off have left goes
+    Remove what runs that were broken off have left behind.
+
+    :param out: the comparison's folder
     """
     for path in unfinished_folders(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -123,8 +131,10 @@ def remove_unfinished(out: Path) -> None:
 
 def _steps_under_way(out: Path) -> int:
     """
+    Count the steps of the runs that are under way, for the progress bar.
+
     :param out: the comparison's folder
-    :return: environment steps made by runs that are not finished
+    :return: number of environment steps
     """
     steps = 0
     for folder in unfinished_folders(out):
@@ -136,9 +146,9 @@ def _steps_under_way(out: Path) -> int:
 @contextmanager
 def progress_bar(runs: list[Run], out: Path) -> Iterator[tqdm]:
     """
-    Shows the runs done, steps per second and the time left.
+    Show the number of finished runs, steps per second and the time left.
 
-    :param runs: of the comparison
+    :param runs: all runs of the comparison
     :param out: the comparison's folder
     """
     per_run = runs[0].task.n_timesteps

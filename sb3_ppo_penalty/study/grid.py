@@ -1,4 +1,4 @@
-"""What is run: each algorithm's settings, where they come from, and what identifies a run."""
+"""The runs of a comparison: the settings of each algorithm, where these come from, and what identifies a run."""
 
 import ast
 import hashlib
@@ -49,10 +49,10 @@ RECORDED_PACKAGES = (
 @dataclass(frozen=True)
 class AlgorithmSettings:
     """
-    What one algorithm is run with.
+    The hyperparameters of one algorithm and where they come from.
 
-    :param hyperparams: as they stand in RL Zoo's files, with its strings unread
-    :param source: where they come from, in words
+    :param hyperparams: hyperparameters in the form of RL Zoo's files: strings such as ``lin_0.001`` are not evaluated
+    :param source: where they come from, in words, for the report
     """
 
     hyperparams: dict[str, Any]
@@ -68,7 +68,7 @@ class Task:
     :param n_timesteps: environment steps of training; a run ends with the rollout that reaches them
     :param eval_freq: environment steps between two evaluations during training
     :param n_eval_episodes: episodes of the evaluation after training
-    :param device: of the networks
+    :param device: device of the networks
     :param gym_packages: modules that register environments when imported
     """
 
@@ -88,16 +88,16 @@ class Task:
 @dataclass(frozen=True)
 class Run:
     """
-    One training, and all that decides how it ends.
+    One training run, with everything that decides its result.
 
-    The package's source code is no part of it: an edit would make every finished run count as missing. It is noted beside the
-    result instead, see :func:`source_digest`.
+    The package's source code is not part of it, because an edit would then make every finished run count as missing. It is
+    recorded beside the result instead: see :func:`source_digest`.
 
     :param algo: name in :data:`~.ALGORITHMS`, or of a variant
-    :param seed: of the networks, of the actions and, plus its number, of each training environment
-    :param hyperparams: as they stand in RL Zoo's files
-    :param task: shared with the other runs
-    :param versions: of the packages that decide the result
+    :param seed: seed of the networks and the actions; a training environment's seed is this plus its number
+    :param hyperparams: hyperparameters in the form of RL Zoo's files
+    :param task: what all runs have in common
+    :param versions: version by package, of those that decide the result
     """
 
     algo: str
@@ -108,26 +108,28 @@ class Run:
 
     @cached_property
     def settings(self) -> str:
-        """All of it, and how every run is evaluated, as JSON with sorted keys; classes by their names."""
+        """All settings of the run and of its evaluation, as JSON with sorted keys."""
         evaluation = {"starts_seed": EVALUATION_SEED, "n_envs": EVALUATION_ENVS}
         return json.dumps({**asdict(self), "evaluation": evaluation}, default=str, sort_keys=True, indent=1)
 
     @cached_property
     def name(self) -> str:
-        """Of its folder: readable, and another one as soon as anything that decides the result is another."""
+        """Name of the run's folder; it ends with a hash of everything that decides the result."""
         return f"{self.algo}-seed{self.seed}-{hashlib.sha256(self.settings.encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    :param runs: all of them, finished or not
-    :param task: what they have in common
-    :param settings: by algorithm
+    A comparison: its runs, what they have in common, and how to report on them.
+
+    :param runs: all runs, finished or not
+    :param task: what all runs have in common
+    :param settings: settings by algorithm
     :param out: folder of the comparison
     :param threshold: return to be reached, None for none
-    :param donor: the algorithm whose settings all share, None for each its own
-    :param command: that makes it again
+    :param donor: the algorithm whose settings all others share, None if each has its own
+    :param command: the command that makes it again
     """
 
     runs: list[Run]
@@ -148,8 +150,8 @@ def installed_versions(gym_packages: Sequence[str] = ()) -> dict[str, str]:
     """
     Look up the versions of the packages that decide a result.
 
-    :param gym_packages: modules that register environments; those that were installed with a version count as well
-    :return: version by distribution, without those that are not installed: not every environment needs every one
+    :param gym_packages: modules that register environments; the packages that they belong to count as well
+    :return: version by package, without packages that are not installed
     """
     providers = packages_distributions() if gym_packages else {}
     named = [name for module in gym_packages for name in providers.get(module.partition(".")[0], [])]
@@ -163,11 +165,11 @@ def installed_versions(gym_packages: Sequence[str] = ()) -> dict[str, str]:
 @cache
 def source_digest() -> str:
     """
-    Tell states of this package's source code apart that bear the same version.
+    Hash this package's source code, to tell states apart that have the same version.
 
-    Read once, so that it stays the digest of what this process has imported when files are edited while it runs.
+    Computed once, so that it stays the hash of what this process has imported when files are edited while it runs.
 
-    :return: ten hexadecimal digits over every Python file of the package and of its sub-packages, names included
+    :return: ten hexadecimal digits, over the names and contents of all Python files of the package
     """
     root, digest = Path(sb3_ppo_penalty.__file__).parent, hashlib.sha256()
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
@@ -177,7 +179,7 @@ def source_digest() -> str:
 
 def prepare(gym_packages: Iterable[str]) -> None:
     """
-    Make algorithms and environments known to RL Zoo and Gymnasium, in this process.
+    Register this package's algorithms in RL Zoo, and environments in Gymnasium, in this process.
 
     :param gym_packages: modules that register environments when imported
     """
@@ -188,14 +190,15 @@ def prepare(gym_packages: Iterable[str]) -> None:
 
 def closest_entry(entries: Mapping[str, Any], env: str) -> str:
     """
-    The entry for an environment: its own, else another version's of it, newest first, else RL Zoo's ``atari`` or ``default``.
+    Choose the entry of a hyperparameter file that fits an environment best.
 
-    RL Zoo itself knows no other versions and would give ``HalfCheetah-v5`` untuned defaults where ``HalfCheetah-v4`` is tuned.
+    Its own, else that of another version of it, the newest first, else RL Zoo's ``atari`` or ``default``. RL Zoo itself does
+    not look for other versions and would give ``HalfCheetah-v5`` untuned defaults where ``HalfCheetah-v4`` is tuned.
 
-    :param entries: of one file
+    :param entries: entries of the file by environment
     :param env: id of the environment
     :return: the entry's key
-    :raises ValueError: if there is none
+    :raises ValueError: if no entry fits
     """
     family = env.rpartition("-v")[0]
     versions = {
@@ -211,11 +214,13 @@ def closest_entry(entries: Mapping[str, Any], env: str) -> str:
 
 def zoo_settings(algo: str, env: str, conf_file: str | None) -> AlgorithmSettings:
     """
+    Read an algorithm's settings from a hyperparameter file.
+
     :param algo: name of the algorithm
     :param env: id of the environment
-    :param conf_file: YAML in RL Zoo's format; None for this package's own file or RL Zoo's
-    :return: the closest entry
-    :raises ValueError: if the file cannot be read or has none
+    :param conf_file: YAML file in RL Zoo's format; None for this package's own file or RL Zoo's
+    :return: the entry that fits best, see :func:`closest_entry`
+    :raises ValueError: if the file cannot be read or no entry fits
     """
     own = base_algorithm(algo) in TUNED_ALGORITHMS
     path = (zoo.HYPERPARAMS if own else Path(rl_zoo3.__file__).parent / "hyperparams") / f"{base_algorithm(algo)}.yml"
@@ -232,10 +237,12 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> AlgorithmSetting
 
 def article_settings(env: str) -> AlgorithmSettings:
     """
-    The article's recipe; batches hold whole episodes where episodes have a fixed length.
+    Return the article's recipe for an environment.
+
+    Its batch is enlarged to whole episodes where episodes have a fixed length.
 
     :param env: id of the environment
-    :return: in the form of RL Zoo's entries
+    :return: the recipe in the form of RL Zoo's entries
     """
     length = gym.spec(env).max_episode_steps or 1
     batch = -(-ARTICLE_BATCH // length) * length
@@ -249,24 +256,26 @@ def article_settings(env: str) -> AlgorithmSettings:
 
 def constructor_arguments(algo: str) -> set[str]:
     """
+    List the arguments that an algorithm's class takes.
+
     :param algo: name of the algorithm
-    :return: what its class takes
+    :return: names of the arguments
     """
     return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base_algorithm(algo)].zoo_name].__init__).parameters)
 
 
 def with_same_policy(algo: str, own: AlgorithmSettings, donor: str, shared: AlgorithmSettings) -> AlgorithmSettings:
     """
-    Everything from one entry but the settings of the algorithm's own objective; the policy is this package's.
+    Take all settings from a shared entry, except those of the algorithm's own objective.
 
-    An algorithm with the donor's objective takes that from the donor as well. What an algorithm has no argument for (TRPO has
-    no ``n_epochs``) falls away.
+    The policy is this package's. An algorithm with the same objective as the donor takes that from the shared entry, too.
+    Settings for which an algorithm has no argument (TRPO has no ``n_epochs``) are left out.
 
     :param algo: name of the algorithm
-    :param own: its own entry
+    :param own: settings of the algorithm's own entry
     :param donor: name of the algorithm whose entry is shared
-    :param shared: that entry
-    :return: what the algorithm is run with
+    :param shared: settings of the donor's entry
+    :return: the settings to run the algorithm with
     """
     hyperparams, source = dict(shared.hyperparams), shared.source
     if ALGORITHMS[base_algorithm(algo)].objective != ALGORITHMS[donor].objective:
@@ -288,13 +297,15 @@ def resolve_settings(
     donor: str | None,
 ) -> dict[str, AlgorithmSettings]:
     """
-    :param algos: names of the algorithms
-    :param task: what they are compared on
-    :param conf_files: YAML file by algorithm, where not the default one
-    :param overrides: hyperparameters by algorithm that replace an entry's
+    Find the settings of each algorithm: file entries, shared settings, and overrides of the command line.
+
+    :param algos: names of the algorithms or of variants
+    :param task: what all runs have in common
+    :param conf_files: YAML file by algorithm, where it is not the default one
+    :param overrides: hyperparameters of the command line, by algorithm
     :param donor: the algorithm whose entry all share under ``--same-policy``; None for each its own
     :return: settings by algorithm
-    :raises ValueError: if there are none for one of them
+    :raises ValueError: if an algorithm's file cannot be read or has no entry that fits
     """
     settings = {}
     for algo in algos:
@@ -312,8 +323,10 @@ def resolve_settings(
 
 def parse_value(text: str) -> Any:
     """
-    :param text: a value from the command line
-    :return: the Python literal that it is, so that ``1e-3`` is a number; else the text, which RL Zoo reads (``lin_0.001``)
+    Read a value of the command line as a Python literal, or keep its text.
+
+    :param text: word of the command line
+    :return: ``1e-3`` as a number; text that is no literal, such as ``lin_0.001``, is left to RL Zoo
     """
     try:
         return ast.literal_eval(text)
@@ -323,10 +336,12 @@ def parse_value(text: str) -> Any:
 
 def plan_runs(settings: Mapping[str, AlgorithmSettings], task: Task, seeds: Iterable[int]) -> list[Run]:
     """
-    :param settings: by algorithm
-    :param task: what they are compared on
-    :param seeds: of every algorithm
-    :return: all runs, seed by seed, so that a study that is ended early has as many of each algorithm
+    List the runs of a comparison seed by seed, so that a study that is ended early has as many of each algorithm.
+
+    :param settings: settings by algorithm
+    :param task: what all runs have in common
+    :param seeds: seeds, the same for every algorithm
+    :return: the runs
     """
     versions = installed_versions(task.gym_packages)
     return [Run(algo, seed, given.hyperparams, task, versions) for seed in seeds for algo, given in settings.items()]

@@ -1,4 +1,4 @@
-"""Runs in processes of this machine."""
+"""Perform runs in processes of this machine."""
 
 import os
 import traceback
@@ -17,10 +17,12 @@ IDLE_TIMEOUT = 30
 
 def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
-    :param runs: to be performed
+    Perform runs in worker processes; a worker that dies fails only its own run.
+
+    :param runs: the runs to perform
     :param out: the comparison's folder
-    :param n_jobs: how many at a time, -1 for as many as there are cores
-    :return: each run's outcome as soon as it has one
+    :param n_jobs: number of runs at a time, -1 for as many as there are cores
+    :return: the outcome of each run as soon as it ends
     """
     remaining = {run.name: run for run in runs}
     while remaining:
@@ -29,10 +31,12 @@ def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
 
 def _until_a_process_dies(remaining: dict[str, Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
-    :param remaining: by name; those that have an outcome leave it
+    Perform runs until all have an outcome, or until a worker process dies (out of memory, a fault in native code).
+
+    :param remaining: runs by name; those that have an outcome are removed
     :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: outcomes, until all have one or a process has died without a word (out of memory, a fault in native code)
+    :param n_jobs: number of runs at a time
+    :return: the outcome of each run as soon as it ends
     """
     try:
         for outcome in _run_in_processes(remaining.values(), out, n_jobs):
@@ -50,9 +54,11 @@ def _until_a_process_dies(remaining: dict[str, Run], out: Path, n_jobs: int) -> 
 
 def _run_alone(run: Run, out: Path) -> Outcome:
     """
-    :param run: one that was under way when a process died
+    Perform a run in a process of its own, to find out whether it was at fault.
+
+    :param run: a run that was under way when a process died
     :param out: the comparison's folder
-    :return: its outcome in a process of its own
+    :return: its outcome
     """
     if is_finished(run, out):
         return Outcome(run.name, "")
@@ -65,10 +71,12 @@ def _run_alone(run: Run, out: Path) -> Outcome:
 
 def _run_in_processes(runs: Iterable[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
-    :param runs: to be performed
+    Perform runs in worker processes.
+
+    :param runs: the runs to perform
     :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: outcomes in the order in which the runs end
+    :param n_jobs: number of runs at a time
+    :return: the outcome of each run as soon as it ends
     """
     with parallel_config(backend="loky", inner_max_num_threads=1, idle_worker_timeout=IDLE_TIMEOUT):
         pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered")

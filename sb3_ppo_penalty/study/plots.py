@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""The plots of a comparison's report."""
 
 import itertools
 import re
@@ -58,8 +58,10 @@ NAME_WIDTH, LINE_HEIGHT = 22, 0.15
 
 def line_styles(algos: Sequence[str]) -> dict[str, LineStyle]:
     """
-    :param algos: of a comparison
-    :return: an algorithm's own style, and for each variant one that nobody else in the comparison has
+    Give each algorithm a colour and a marker that no other algorithm of the comparison has.
+
+    :param algos: names of the algorithms and variants that are compared
+    :return: style by name; the algorithms themselves keep theirs in every comparison
     """
     free = [style for algo, style in LINE_STYLES.items() if algo not in algos]
     variants = ((color, marker) for marker in VARIANT_MARKERS for color in VARIANT_COLORS)
@@ -69,8 +71,10 @@ def line_styles(algos: Sequence[str]) -> dict[str, LineStyle]:
 
 def draw(comparison: Comparison, results: Results) -> dict[str, str]:
     """
-    :param comparison: what was asked for; the pictures go into its folder
-    :param results: what there is of it
+    Draw all plots and save them in the comparison's folder.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
     :return: caption by file name
     """
     over = seeds_caption(results)
@@ -105,8 +109,8 @@ def seeds_caption(results: Results) -> str:
     """
     Say over how many seeds the figures are, and whether they have intervals.
 
-    :param results: of the comparison
-    :return: for a caption
+    :param results: finished runs of the comparison
+    :return: part of a caption
     """
     seeds = results.runs.groupby("algo").size()
     low, high = seeds.min(), seeds.max()
@@ -121,9 +125,9 @@ def seeds_caption(results: Results) -> str:
 
 def wrap(name: str) -> str:
     """
-    Break a long name into lines, after a sign between two words where it has one.
+    Break a long name into lines, between two words where it can.
 
-    :param name: of an algorithm or of a variant
+    :param name: name of an algorithm or of a variant
     :return: lines of at most :data:`NAME_WIDTH` characters
     """
     most = f".{{1,{NAME_WIDTH}}}"
@@ -132,9 +136,9 @@ def wrap(name: str) -> str:
 
 def separate_ticks(figure: Figure) -> None:
     """
-    Take fewer ticks on horizontal axes whose labels would run into each other.
+    Take fewer ticks on horizontal axes whose labels would touch each other.
 
-    :param figure: complete
+    :param figure: the complete figure
     """
     crowded = figure.axes
     for n_intervals in (6, 5, 4, 3, 2, 1):
@@ -151,8 +155,8 @@ def _tick_boxes(axes: Axes) -> list[Bbox]:
     """
     Measure the labels of a horizontal axis.
 
-    :param axes: drawn
-    :return: where they are, from left to right
+    :param axes: axes that have been drawn
+    :return: bounding boxes of the labels in pixels, from left to right
     """
     low, high = sorted(axes.get_xlim())
     labels = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
@@ -161,34 +165,40 @@ def _tick_boxes(axes: Axes) -> list[Bbox]:
 
 def _overlap(boxes: Sequence[Bbox]) -> bool:
     """
-    Find out whether labels stand too close to be read.
+    Say whether two neighbouring labels stand too close to be read.
 
-    :param boxes: from left to right, in pixels
-    :return: whether less than a third of a line's height is between any two neighbours
+    :param boxes: bounding boxes of the labels in pixels, from left to right
+    :return: whether less than a third of a line's height is between two of them
     """
     return any(right.x0 - left.x1 < left.height / 3 for left, right in itertools.pairwise(boxes))
 
 
 def _format_steps(value: float, _: int) -> str:
     """
-    :param value: environment steps
-    :return: short
+    Shorten a number of environment steps: 20000 to 20k.
+
+    :param value: number of environment steps
+    :return: label of a tick
     """
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
 def _format_number(value: float) -> str:
     """
-    :param value: to stand in a legend
-    :return: with the sign that the axes have
+    Write a number with the minus sign that matplotlib uses on axes.
+
+    :param value: the number
+    :return: part of a legend
     """
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _steps_axis(axes: Axes, limit: float) -> None:
     """
-    :param axes: whose horizontal axis is in environment steps
-    :param limit: where it ends
+    Label a horizontal axis with environment steps.
+
+    :param axes: the axes
+    :param limit: environment steps at which it ends
     """
     axes.set_xlim(0, limit)
     axes.xaxis.set_major_formatter(FuncFormatter(_format_steps))
@@ -197,10 +207,10 @@ def _steps_axis(axes: Axes, limit: float) -> None:
 
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     """
-    Put one legend under the panels, in as many columns as there is room for, and make the figure higher by it.
+    Put one legend under the panels, and make the figure higher by its height.
 
-    :param figure: has its panels
-    :param axes: where the labelled lines are
+    :param figure: the figure with its panels
+    :param axes: axes that have the labelled lines
     """
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     for columns in range(min(len(entries), LEGEND_COLUMNS), 0, -1):
@@ -214,13 +224,13 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def _plot_seeds(axes: Axes, frame: pd.DataFrame, style: LineStyle, label: str, single_seeds: bool = False) -> None:
     """
-    Draw the IQM over seeds and either its interval or the seeds themselves.
+    Draw the IQM over seeds, and either its interval or the single seeds.
 
-    :param axes: to draw on
+    :param axes: axes to draw on
     :param frame: a row for each number of environment steps, a column for each seed
-    :param style: of the algorithm
-    :param label: for the legend
-    :param single_seeds: thin lines for the seeds, no band
+    :param style: colour and marker of the algorithm
+    :param label: label of the legend
+    :param single_seeds: draw a thin line for each seed instead of the interval
     """
     color, marker = style
     x, values = frame.index.to_numpy(), frame.to_numpy()
@@ -234,8 +244,10 @@ def _plot_seeds(axes: Axes, frame: pd.DataFrame, style: LineStyle, label: str, s
 
 def _reference_lines(axes: Axes, comparison: Comparison, horizontal: bool = True) -> None:
     """
-    :param axes: one of whose axes is the return
-    :param comparison: has an optimum or not
+    Mark the best possible return where it is known.
+
+    :param axes: axes one of which is the return
+    :param comparison: the comparison
     :param horizontal: whether the return is on the vertical axis
     """
     if comparison.optimum is not None:
@@ -251,9 +263,11 @@ def _reference_lines(axes: Axes, comparison: Comparison, horizontal: bool = True
 
 def learning_curves(comparison: Comparison, results: Results) -> Figure:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: return over steps, whole and near the end
+    Draw the return over environment steps, once whole and once close up.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: the figure
     """
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     whole, close = figure.subplots(1, 2)
@@ -284,10 +298,10 @@ def close_up_limits(curves: Sequence[np.ndarray[Any, Any]], optimum: float | Non
     """
     Choose limits that show the last third of the better half of the algorithms, and never more than all there is.
 
-    The optimum is shown where it is no further above the curves than these are apart: a distant one would flatten them.
+    The optimum is shown where it is no further above the curves than these are apart; a distant one would flatten them.
 
-    :param curves: IQM over steps
-    :param optimum: best possible return, if known
+    :param curves: IQM over seeds for each algorithm, each of shape (evaluations,)
+    :param optimum: best possible return, None where it is not known
     :return: lower and upper limit, in the unit of the returns
     """
     ends = [curve[-max(len(curve) // 3, 1) :] for curve in curves]
@@ -303,9 +317,11 @@ def close_up_limits(curves: Sequence[np.ndarray[Any, Any]], optimum: float | Non
 
 def divergence(comparison: Comparison, results: Results) -> Figure:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: divergence of each update against the thresholds, and the coefficient that follows
+    Draw the KL of each update with the controller's thresholds, and the penalty's coefficient.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: the figure
     """
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -338,25 +354,31 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
 
 def _last_update(comparison: Comparison, results: Results) -> float:
     """
-    Find out where training ended: a run goes on to the end of the rollout that reaches its steps.
+    Find the environment steps of the last update; a run ends with the rollout that reaches its number of steps.
 
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: environment steps at the last update of all
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: environment steps
     """
     return float(max(comparison.task.n_timesteps, results.updates[TOTAL_STEPS].max()))
 
 
 def _mark_as_empty(axes: Axes) -> None:
-    """:param axes: for which no algorithm logs anything."""
+    """
+    Write into axes that none of the algorithms logs the figure.
+
+    :param axes: axes without lines
+    """
     axes.text(0.5, 0.5, "not logged by any of these", transform=axes.transAxes, ha="center", color="gray")
 
 
 def importance_weights(comparison: Comparison, results: Results) -> Figure:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: clip fraction and effective sample size of each update
+    Draw the clip fraction and the effective sample size of each update.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: the figure
     """
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -378,9 +400,11 @@ def importance_weights(comparison: Comparison, results: Results) -> Figure:
 
 def intervals(comparison: Comparison, results: Results) -> Figure:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: IQMs with their intervals side by side
+    Draw the IQMs of the algorithms side by side, with intervals and single seeds.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: the figure
     """
     figures = summary(results, comparison.optimum)
     columns = [("final_return", "final return"), ("return_over_training", "return over training")]

@@ -1,7 +1,8 @@
 """
-Runs on a Ray cluster: each is a task of its own, whose result is what the run has written.
+Perform runs on a Ray cluster: each run is a task, whose result is the contents of the run's folder.
 
-Tasks, and not joblib's backend ``ray``: without ``return_as="generator_unordered"`` all runs would arrive with the last one.
+Ray's own tasks are used and not joblib's ``ray`` backend, which has no ``return_as="generator_unordered"``: there all outcomes
+would arrive together with the last one.
 """
 
 import logging
@@ -26,11 +27,13 @@ NodeResult = tuple[Outcome, RunFiles]
 
 def perform_all(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
-    :param runs: to be performed
-    :param out: the comparison's folder; of this machine, the cluster need not see it
-    :param n_jobs: how many at a time, -1 for as many as the cluster has CPUs, -2 for one less, and so on
-    :return: each run's outcome as soon as it has one
-    :raises BackendError: if there is no cluster, or none that has what the runs need
+    Perform runs on the cluster.
+
+    :param runs: the runs to perform
+    :param out: the comparison's folder on this machine, which the cluster need not see
+    :param n_jobs: number of runs at a time; -1 for as many as the cluster has CPUs, -2 for one less, and so on
+    :return: the outcome of each run as soon as it ends
+    :raises BackendError: if there is no cluster, or it has no GPU where the runs need one
     """
     _connect()
     if any(map(_gpus_needed, runs)) and not _resources().get("GPU"):
@@ -58,10 +61,12 @@ def _connect() -> None:
 
 def _perform_concurrently(runs: list[Run], out: Path, n_jobs: int) -> Iterator[Outcome]:
     """
-    :param runs: to be performed
+    Keep as many runs under way as are allowed, until all have ended.
+
+    :param runs: the runs to perform
     :param out: the comparison's folder
-    :param n_jobs: how many at a time
-    :return: outcomes in the order in which the runs end
+    :param n_jobs: number of runs at a time, as for :func:`perform_all`
+    :return: the outcome of each run as soon as it ends
     """
     queue = deque(runs)
     under_way: dict[ray.ObjectRef[NodeResult], Run] = {}
@@ -78,21 +83,29 @@ def _perform_concurrently(runs: list[Run], out: Path, n_jobs: int) -> Iterator[O
 
 def _max_concurrent_runs(n_jobs: int) -> int:
     """
-    :param n_jobs: of the command line
-    :return: how many runs may be under way now; nodes come and go
+    Count how many runs may be under way now; nodes may join and leave the cluster.
+
+    :param n_jobs: number of runs at a time, as for :func:`perform_all`
+    :return: at least 1
     """
     return n_jobs if n_jobs > 0 else max(int(_resources().get("CPU", 0)) + 1 + n_jobs, 1)
 
 
 def _resources() -> dict[str, float]:
-    """:return: CPUs, GPUs and more of all nodes together, taken or not."""
+    """
+    Look up the resources of all nodes together.
+
+    :return: amount by name (``"CPU"``, ``"GPU"`` and others), including what is in use
+    """
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
 def _submit(run: Run) -> "ray.ObjectRef[NodeResult]":
     """
-    :param run: to be performed
-    :return: what it will leave behind
+    Submit a run to the cluster.
+
+    :param run: the run to perform
+    :return: a reference to its result
     """
     # A run whose worker dies has failed: Ray would try it again in silence, and take worker after worker down with it
     task = ray.remote(perform_on_node).options(name=run.name, num_cpus=1, num_gpus=_gpus_needed(run), max_retries=0)
@@ -101,18 +114,20 @@ def _submit(run: Run) -> "ray.ObjectRef[NodeResult]":
 
 def _gpus_needed(run: Run) -> int:
     """
-    :param run: to be performed
-    :return: how many it needs: Ray hides those that a task has not asked for
+    Count the GPUs that a run needs; Ray hides from a task those that it has not asked for.
+
+    :param run: the run to perform
+    :return: 0 or 1
     """
     return 1 if run.task.device.startswith("cuda") else 0
 
 
 def perform_on_node(run: Run) -> NodeResult:
     """
-    Perform a run on a node of the cluster; Ray ends it when the comparison that waits for it is gone.
+    Perform a run on a node of the cluster; Ray ends it when the comparison that waits for it ends.
 
-    :param run: what to train
-    :return: its outcome, and its folder if it finished
+    :param run: the run to perform
+    :return: its outcome, and the contents of its folder if it finished
     """
     difference = _version_differences(run.versions, installed_versions(run.task.gym_packages))
     if difference:
@@ -127,9 +142,11 @@ def perform_on_node(run: Run) -> NodeResult:
 
 def _version_differences(wanted: dict[str, str], here: dict[str, str]) -> str:
     """
-    :param wanted: versions that the run says it is made with
-    :param here: versions on this node
-    :return: what is not the same, in words
+    Describe how the packages of a node differ from those that a run must be made with.
+
+    :param wanted: version by package, of the comparison's machine
+    :param here: version by package, of this node
+    :return: the differences in words, empty if there are none
     """
     names = [name for name in sorted({*wanted, *here}) if wanted.get(name) != here.get(name)]
     return ", ".join(f"{name} {here.get(name, 'missing')} instead of {wanted.get(name, 'none')}" for name in names)
@@ -137,9 +154,11 @@ def _version_differences(wanted: dict[str, str], here: dict[str, str]) -> str:
 
 def _fetch(run: Run, ended: "ray.ObjectRef[NodeResult]", out: Path) -> Outcome:
     """
-    :param run: that has ended
-    :param ended: what it has left behind
-    :param out: the comparison's folder; gets the run's
+    Fetch the result of a run that has ended, and write its folder.
+
+    :param run: the run
+    :param ended: reference to its result
+    :param out: the comparison's folder
     :return: the run's outcome
     """
     try:
@@ -153,10 +172,10 @@ def _fetch(run: Run, ended: "ray.ObjectRef[NodeResult]", out: Path) -> Outcome:
 
 def _write_run_folder(run: Run, files: RunFiles, out: Path) -> None:
     """
-    Write a finished run into a hidden folder that takes its name at the end, in one step.
+    Write a finished run into a hidden folder, which is renamed in one step.
 
-    :param run: finished
-    :param files: of its folder
+    :param run: the finished run
+    :param files: contents by file name, relative to the run's folder
     :param out: the comparison's folder
     """
     folder = out / RUNS / f".{run.name}.{os.getpid()}"

@@ -1,4 +1,4 @@
-"""``report.md`` and ``results.csv``: what the runs came to, with all it takes to check it."""
+"""Write a comparison's ``report.md`` and ``results.csv``."""
 
 import json
 import platform
@@ -35,19 +35,23 @@ this report's:
 
 def format_number(value: float, digits: int = 1) -> str:
     """
-    :param value: to be read by a person
-    :param digits: after the point
-    :return: with commas; a dash for NaN
+    Write a number with commas between thousands.
+
+    :param value: the number
+    :param digits: number of digits after the point
+    :return: the text; a dash for NaN
     """
     return NO_VALUE if np.isnan(value) else f"{value:,.{digits}f}"
 
 
 def format_interval(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
     """
-    :param row: of the summary
-    :param name: of a figure in it
-    :param digits: after the point
-    :return: the figure and its interval, if it has one
+    Write a figure of the summary with its interval, if it has one.
+
+    :param row: an algorithm's row of the summary
+    :param name: name of the figure
+    :param digits: number of digits after the point
+    :return: the text
     """
     value, low, high = (row.get(key, np.nan) for key in (name, f"{name}_low", f"{name}_high"))
     if np.isnan(low):
@@ -57,9 +61,11 @@ def format_interval(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
-    :param headers: of the columns
-    :param rows: of the table
-    :return: a Markdown table
+    Write a Markdown table.
+
+    :param headers: headers of the columns
+    :param rows: cells of each row
+    :return: the table
     """
     texts = [String] * len(headers)  # else it reads numbers in the cells and writes them its own way
     values = [list(row) for row in rows]
@@ -68,9 +74,11 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def table(comparison: Comparison, results: Results) -> str:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: a Markdown table, a row for each algorithm
+    Write the report's main table.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: Markdown table with a row for each algorithm
     """
     figures = summary(results, comparison.optimum)
     rows = [_cells(comparison, algo, row) for algo, row in figures.iterrows()]
@@ -79,9 +87,11 @@ def table(comparison: Comparison, results: Results) -> str:
 
 def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
     """
-    :param comparison: what was asked for
+    Write an algorithm's row of the main table.
+
+    :param comparison: the comparison
     :param algo: name of the algorithm
-    :param row: of the summary
+    :param row: the algorithm's row of the summary
     :return: cells by header
     """
     cells = {
@@ -104,8 +114,10 @@ def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
 
 def article_section(results: Results) -> str:
     """
-    :param results: with runs of the article's recipe
-    :return: the recipe's own measure beside the article's figure
+    Compare the article's figure with runs of the article's recipe, by the measure that the article uses.
+
+    :param results: finished runs, of the article's recipe among others
+    :return: section of the report
     """
     runs = results.runs[results.runs["algo"] == ARTICLE]
     headers = ["seed", "steps", "mean return of the last batch", "of the best batch", "final return (no noise)"]
@@ -120,8 +132,10 @@ def article_section(results: Results) -> str:
 
 def settings_section(comparison: Comparison) -> str:
     """
-    :param comparison: what was asked for
-    :return: every algorithm's hyperparameters and where they come from
+    List the hyperparameters of each algorithm and where they come from.
+
+    :param comparison: the comparison
+    :return: section of the report
     """
     parts = ["## Settings\n"]
     for algo, settings in comparison.settings.items():
@@ -132,9 +146,11 @@ def settings_section(comparison: Comparison) -> str:
 
 def provenance(comparison: Comparison, results: Results) -> str:
     """
-    :param comparison: what was asked for
-    :param results: what there is of it
-    :return: command, seeds, steps, versions, sources and machine
+    State what the results come from: command, seeds, steps, versions, source code and machine.
+
+    :param comparison: the comparison
+    :param results: finished runs of the comparison
+    :return: section of the report
     """
     seeds = sorted({run.seed for run in comparison.runs})
     versions = ", ".join(f"{name} {version}" for name, version in comparison.runs[0].versions.items())
@@ -156,9 +172,9 @@ steps each (a run ends with the rollout that reaches them)
 
 def caveats(results: Results) -> list[str]:
     """
-    Name what a reader of the table has to beware of.
+    List the warnings that a reader of the table needs.
 
-    :param results: what there is of the comparison
+    :param results: finished runs of the comparison
     :return: sentences; none where there is nothing to beware of
     """
     return [text for text in (_few_seeds_warning(results), source_warning(list(results.runs["source"]))) if text]
@@ -168,7 +184,7 @@ def _few_seeds_warning(results: Results) -> str:
     """
     Warn where there are too few seeds to tell a difference from chance.
 
-    :param results: what there is of the comparison
+    :param results: finished runs of the comparison
     :return: a sentence; empty if every algorithm has enough seeds
     """
     seeds = results.runs.groupby("algo", sort=False).size()
@@ -183,9 +199,9 @@ def _few_seeds_warning(results: Results) -> str:
 
 def source_warning(sources: Sequence[str]) -> str:
     """
-    Warn where finished runs were made by another state of this package's source code than the one that runs now.
+    Warn where finished runs were made by another state of this package's source code than the present one.
 
-    :param sources: a digest for each finished run
+    :param sources: digest of the source code for each finished run
     :return: a sentence; empty if there are no such runs
     """
     others = [source for source in sources if source != source_digest()]
@@ -200,8 +216,10 @@ def source_warning(sources: Sequence[str]) -> str:
 
 def explanation(comparison: Comparison) -> str:
     """
-    :param comparison: what was asked for
-    :return: how the table is to be read
+    Explain the columns of the main table.
+
+    :param comparison: the comparison
+    :return: a Markdown list
     """
     task, optimum, threshold = comparison.task, comparison.optimum, comparison.threshold
     lines = [
@@ -242,9 +260,9 @@ def write(comparison: Comparison, results: Results, errors: Mapping[str, str]) -
     """
     Write the report, its table and its plots into the comparison's folder.
 
-    :param comparison: what was asked for
-    :param results: what there is of it; at least one run
-    :param errors: tracebacks of runs that failed
+    :param comparison: the comparison
+    :param results: its finished runs, at least one
+    :param errors: tracebacks of the runs that failed, by name
     """
     parts = [
         f"# {comparison.task.env}: {', '.join(results.algos)}\n",

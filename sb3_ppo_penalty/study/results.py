@@ -1,4 +1,4 @@
-"""Finished runs read back as tables, and what they come to."""
+"""Read finished runs back as tables, and summarise them."""
 
 import json
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ from sb3_ppo_penalty.study.statistics import (
 
 class Results(NamedTuple):
     """
-    What the finished runs of a comparison left behind.
+    The tables of all finished runs of a comparison.
 
     :param runs: a row for each run
     :param curves: a row for each evaluation during training: ``algo``, ``seed``, ``steps``, ``return``
-    :param updates: a row for each line of SB3's ``progress.csv``, its columns beside ``algo`` and ``seed``
+    :param updates: a row for each line of SB3's ``progress.csv``: its columns, ``algo`` and ``seed``
     """
 
     runs: pd.DataFrame
@@ -39,11 +39,13 @@ class Results(NamedTuple):
 
     @property
     def algos(self) -> list[str]:
-        """Those that have a finished run, in the order of the comparison."""
+        """Algorithms that have a finished run, in the order of the comparison."""
         return list(dict.fromkeys(self.runs["algo"])) if len(self.runs) else []
 
     def final_returns(self, algo: str) -> Array:
         """
+        Return the final returns of an algorithm.
+
         :param algo: name of the algorithm
         :return: mean return of the evaluation after training, shape (seeds,)
         """
@@ -52,10 +54,12 @@ class Results(NamedTuple):
 
 def read(runs: Iterable[Run], out: Path, threshold: float | None) -> Results:
     """
-    :param runs: of the comparison; those that are not finished are left out
+    Read the finished runs of a comparison.
+
+    :param runs: runs of the comparison; those that are not finished are left out
     :param out: the comparison's folder
     :param threshold: return to be reached, None for none
-    :return: everything that the report is made of
+    :return: their tables
     """
     finished = sorted((run for run in runs if is_finished(run, out)), key=lambda run: run.seed)
     order = list(dict.fromkeys(run.algo for run in finished))
@@ -76,10 +80,10 @@ def _curve(run: Run, folder: Path) -> pd.DataFrame:
     """
     Read a run's learning curve.
 
-    :param run: finished
-    :param folder: its own
-    :return: its evaluations during training, at the steps at which they were made: the first step of all environments at which
-        one is due, so that they lie further apart than ``--eval-freq`` where there are more environments than that
+    :param run: a finished run
+    :param folder: the run's folder
+    :return: a row for each evaluation during training, at the step at which it was made: the first step of all environments at
+        which it is due, so that evaluations lie further apart than ``--eval-freq`` where there are more environments than that
     """
     with np.load(folder / EVALUATIONS) as evaluations:
         steps, means = evaluations["timesteps"], evaluations["results"].mean(axis=1)
@@ -88,12 +92,14 @@ def _curve(run: Run, folder: Path) -> pd.DataFrame:
 
 def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, threshold: float | None) -> dict[str, Any]:
     """
-    :param run: finished
-    :param folder: its own
-    :param curve: its evaluations during training
-    :param update: its ``progress.csv``
+    Read what a run came to.
+
+    :param run: a finished run
+    :param folder: the run's folder
+    :param curve: the run's evaluations during training
+    :param update: the run's ``progress.csv``
     :param threshold: return to be reached, None for none
-    :return: its line in ``results.csv``
+    :return: its row of ``results.csv``
     """
     result = json.loads((folder / RESULT).read_text())
     steps, returns = curve["steps"], curve["return"]
@@ -117,11 +123,11 @@ def _row(run: Run, folder: Path, curve: pd.DataFrame, update: pd.DataFrame, thre
 
 def sources(runs: Iterable[Run], out: Path) -> list[str]:
     """
-    Read which source of this package made the finished runs.
+    Read which source of this package made each finished run.
 
-    :param runs: of the comparison; those that are not finished are left out
+    :param runs: runs of the comparison; those that are not finished are left out
     :param out: the comparison's folder
-    :return: one digest for each finished run
+    :return: one digest for each finished run, see :func:`~.source_digest`
     """
     results = (out / RUNS / run.name / RESULT for run in runs if is_finished(run, out))
     return [json.loads(path.read_text())["source"] for path in results]
@@ -129,9 +135,9 @@ def sources(runs: Iterable[Run], out: Path) -> list[str]:
 
 def curves_of(results: Results, algo: str) -> pd.DataFrame:
     """
-    Lay an algorithm's learning curves side by side.
+    Lay the learning curves of an algorithm's seeds side by side.
 
-    :param results: of the comparison
+    :param results: finished runs of the comparison
     :param algo: name of the algorithm
     :return: a row for each number of environment steps at which every seed was evaluated, a column for each seed
     """
@@ -141,9 +147,9 @@ def curves_of(results: Results, algo: str) -> pd.DataFrame:
 
 def _side_by_side(rows: pd.DataFrame, index: str, column: str) -> pd.DataFrame:
     """
-    Give each seed a column; steps that a seed lacks fall away, because a mean over fewer seeds is another figure.
+    Give each seed a column; steps that are missing for a seed are left out, so that every mean is over all seeds.
 
-    :param rows: of one algorithm
+    :param rows: rows of one algorithm
     :param index: name of the column with the environment steps
     :param column: name of the column with the figure
     :return: a row for each number of environment steps that all seeds have
@@ -153,11 +159,11 @@ def _side_by_side(rows: pd.DataFrame, index: str, column: str) -> pd.DataFrame:
 
 def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
     """
-    Lay a figure of an algorithm's updates side by side.
+    Lay a logged figure of an algorithm's seeds side by side.
 
-    :param results: of the comparison
+    :param results: finished runs of the comparison
     :param algo: name of the algorithm
-    :param column: of ``progress.csv``
+    :param column: name of a column of ``progress.csv``
     :return: a row for each number of environment steps at which every seed made an update, a column for each seed; empty if
         the algorithm does not log it
     """
@@ -169,22 +175,24 @@ def updates_of(results: Results, algo: str, column: str) -> pd.DataFrame:
 
 def summary(results: Results, optimum: float | None) -> pd.DataFrame:
     """
-    Work out what each algorithm came to.
+    Summarise each algorithm over its seeds.
 
-    :param results: of the comparison
+    :param results: finished runs of the comparison
     :param optimum: best possible mean return, None where it is not known
-    :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and what else the report's table has; NaN for
-        intervals and the probability of improvement where there are fewer than :data:`~.statistics.MIN_SEEDS` seeds
+    :return: a row for each algorithm: IQMs over seeds with their 95 % intervals, and the other figures of the report's table;
+        intervals and the probability of improvement are NaN below :data:`~.statistics.MIN_SEEDS` seeds
     """
     return pd.DataFrame([_summary_row(results, algo, optimum) for algo in results.algos]).set_index("algo")
 
 
 def _summary_row(results: Results, algo: str, optimum: float | None) -> dict[str, Any]:
     """
-    :param results: of the comparison
+    Summarise one algorithm over its seeds.
+
+    :param results: finished runs of the comparison
     :param algo: name of the algorithm
     :param optimum: best possible mean return, None where it is not known
-    :return: its line of the summary
+    :return: its row of the summary
     """
     runs = results.runs[results.runs["algo"] == algo]
     row: dict[str, Any] = {"algo": algo, "seeds": len(runs), "worst_seed": runs["final_return"].min()}

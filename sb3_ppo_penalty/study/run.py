@@ -1,4 +1,4 @@
-"""One run: build what RL Zoo would build, train it, evaluate it on the same starts as every other, leave a folder behind."""
+"""Perform one run: build what RL Zoo would build, train it, and evaluate it on the same starts as every other run."""
 
 import json
 import os
@@ -30,15 +30,15 @@ TOTAL_STEPS = "time/total_timesteps"
 
 
 class OrphanedError(RuntimeError):
-    """The process that asked for a run is gone: nobody waits for it."""
+    """Raised in a run when the process that asked for it has ended."""
 
 
 class Experiment(ExperimentManager):
     """
-    RL Zoo's way from hyperparameters to environments and a model, with hyperparameters that are given instead of looked up.
+    RL Zoo's experiment manager, with hyperparameters that are given instead of looked up.
 
-    :param run: what to train
-    :param folder: for everything it writes
+    :param run: the run to perform
+    :param folder: folder for all that is written
     """
 
     def __init__(self, run: Run, folder: Path) -> None:
@@ -61,26 +61,28 @@ class Experiment(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        :return: the given ones, to be changed, and once more
+        Return the given hyperparameters instead of those of a file.
+
+        :return: a copy that RL Zoo changes, and one that it saves
         """
         return deepcopy(self.given), OrderedDict(sorted(self.given.items()))
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         """
-        Leave out RL Zoo's record of its command line: there was none.
+        Write nothing: the run's settings are saved already, and RL Zoo's command line was not used.
 
-        :param saved_hyperparams: stand in the run's settings
+        :param saved_hyperparams: not used
         """
 
 
 class FixedStartsEvalCallback(EvalCallback):
     """
-    SB3's ``EvalCallback`` at fixed environment steps, from 0 on, and on the same starts each time.
+    Evaluate like SB3's ``EvalCallback``, but at fixed environment steps from 0 on and from the same starts each time.
 
-    :param eval_env: one environment for each episode
-    :param every: environment steps between two evaluations
-    :param until: environment steps of the last one
-    :param folder: for ``evaluations.npz``
+    :param eval_env: environments of the evaluation, one for each episode
+    :param every: number of environment steps between two evaluations
+    :param until: environment steps of the last evaluation
+    :param folder: folder for ``evaluations.npz``
     """
 
     def __init__(self, eval_env: VecEnv, every: int, until: int, folder: Path) -> None:
@@ -108,12 +110,12 @@ class FixedStartsEvalCallback(EvalCallback):
 
 class UpdateLog(BaseCallback):
     """
-    Write each update's figures at the step at which it was made, and what SB3 does not: the mean return of the batch.
+    Log each update at the environment step at which it was made, with the mean return of the batch.
 
-    SB3 writes them only with the next rollout, and never the last update's.
+    SB3 logs an update only after the next rollout, and never the last one.
 
-    :param folder: where the number of steps made is kept up to date, for a progress bar
-    :param parent_pid: id of the process that started this one and waits for the run, None if it is this one
+    :param folder: the run's folder; a file in it keeps the number of steps made, for the progress bar
+    :param parent_pid: id of the process that waits for the run, None if that is this process
     """
 
     def __init__(self, folder: Path, parent_pid: int | None) -> None:
@@ -142,7 +144,7 @@ class UpdateLog(BaseCallback):
         self._write()
 
     def _write(self) -> None:
-        """Write what `train` has just recorded."""
+        """Write what ``train`` has just recorded, and the number of steps."""
         self.logger.record(TOTAL_STEPS, self.model.num_timesteps)
         self.logger.dump(self.model.num_timesteps)
         written = self.folder / f"{STEPS}.new"
@@ -152,12 +154,12 @@ class UpdateLog(BaseCallback):
 
 def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> tuple[list[float], list[int]]:
     """
-    Act deterministically; every episode starts from a seed of its own, whatever the ones before it did.
+    Evaluate a model without noise; each episode starts from a seed of its own, whatever happened before it.
 
-    :param model: trained
-    :param env: environments side by side, wrapped as in training
-    :param n_episodes: in all
-    :return: return and length of each episode
+    :param model: the trained model
+    :param env: evaluation environments, wrapped as in training
+    :param n_episodes: number of episodes
+    :return: returns and lengths of the episodes
     """
     if model.get_vec_normalize_env() is not None:
         sync_envs_normalization(cast(VecEnv, model.get_env()), env)
@@ -175,11 +177,11 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> tuple[list[f
 
 def perform(run: Run, folder: Path, parent_pid: int | None = None) -> None:
     """
-    Train and evaluate.
+    Train and evaluate one run.
 
-    :param run: what to train
-    :param folder: new; holds everything about the run when this returns
-    :param parent_pid: id of the process that started this one and waits for the run; when it goes, the run ends
+    :param run: the run to perform
+    :param folder: the run's folder, which must not exist; complete when this returns
+    :param parent_pid: id of the process that waits for the run, whose end ends the run; None if that is this process
     """
     th.set_num_threads(1)
     prepare(run.task.gym_packages)

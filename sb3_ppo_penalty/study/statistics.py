@@ -1,4 +1,4 @@
-"""Statistics over a few seeds, from SciPy; what they are called and why: Agarwal et al. 2021 (arXiv 2108.13264)."""
+"""Statistics over a few seeds, computed by SciPy and named as in Agarwal et al. 2021 (arXiv 2108.13264)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ class Interval(NamedTuple):
 
 def iqm(values: npt.ArrayLike, axis: int = -1) -> Any:
     """
-    Interquartile mean: the mean of what is left when a quarter (rounded down) is cut off at either end.
+    Compute the interquartile mean: the mean without the lowest and the highest quarter (each rounded down).
 
     :param values: one number for each seed along ``axis``
-    :param axis: of the seeds
+    :param axis: axis of the seeds
     :return: in the unit of the values
     """
     return trim_mean(values, 0.25, axis=axis)
@@ -42,10 +42,10 @@ def iqm(values: npt.ArrayLike, axis: int = -1) -> Any:
 
 def iqm_interval(values: npt.ArrayLike, axis: int = -1) -> Interval:
     """
-    95 % percentile bootstrap interval of the IQM over seeds.
+    Compute the 95 % percentile bootstrap interval of the IQM over seeds.
 
     :param values: one number for each seed along ``axis``
-    :param axis: of the seeds
+    :param axis: axis of the seeds
     :return: in the unit of the values
     """
     return _interval(iqm, np.asarray(values, dtype=np.float64), axis=axis)
@@ -53,11 +53,13 @@ def iqm_interval(values: npt.ArrayLike, axis: int = -1) -> Interval:
 
 def probability_of_improvement(values: npt.ArrayLike, baseline: npt.ArrayLike, axis: int = -1) -> Any:
     """
-    How probable it is that a run beats a run of the baseline, a tie counting half: ``U / (n m)`` (Mann and Whitney).
+    Estimate how probable it is that a run beats a run of the baseline; a tie counts half.
+
+    ``U / (n m)`` with the statistic ``U`` of Mann and Whitney.
 
     :param values: one number for each seed along ``axis``
     :param baseline: the same for the baseline, which may have another number of seeds
-    :param axis: of the seeds
+    :param axis: axis of the seeds
     :return: between 0 and 1
     """
     x, y = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
@@ -67,10 +69,10 @@ def probability_of_improvement(values: npt.ArrayLike, baseline: npt.ArrayLike, a
 
 def improvement_interval(values: npt.ArrayLike, baseline: npt.ArrayLike) -> Interval:
     """
-    95 % percentile bootstrap interval of the probability of improvement.
+    Compute the 95 % percentile bootstrap interval of the probability of improvement.
 
     :param values: one number for each seed, shape (seeds,)
-    :param baseline: shape (seeds of the baseline,)
+    :param baseline: one number for each seed of the baseline, shape (seeds of the baseline,)
     :return: between 0 and 1
     """
     samples = (np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64))
@@ -79,11 +81,11 @@ def improvement_interval(values: npt.ArrayLike, baseline: npt.ArrayLike) -> Inte
 
 def _interval(statistic: Callable[..., Any], *samples: Array, axis: int = -1) -> Interval:
     """
-    95 % percentile bootstrap interval of a statistic.
+    Compute the 95 % percentile bootstrap interval of a statistic.
 
-    :param statistic: takes the samples and ``axis``
-    :param samples: resampled independently of each other
-    :param axis: of the seeds
+    :param statistic: function of the samples and ``axis``
+    :param samples: samples, resampled independently of each other
+    :param axis: axis of the seeds
     :return: NaN at both ends if a sample has fewer than :data:`MIN_SEEDS`
     """
     if min(sample.shape[axis] for sample in samples) < MIN_SEEDS:
@@ -96,10 +98,12 @@ def _interval(statistic: Callable[..., Any], *samples: Array, axis: int = -1) ->
 
 def steps_to_threshold(steps: npt.ArrayLike, returns: npt.ArrayLike, threshold: float) -> float:
     """
-    :param steps: of the evaluations, ascending, shape (evaluations,)
+    Find the environment steps after which a learning curve first reaches a threshold.
+
+    :param steps: environment steps of the evaluations, ascending, shape (evaluations,)
     :param returns: mean return of each evaluation, shape (evaluations,)
-    :param threshold: in the unit of the returns
-    :return: environment steps at the first evaluation that reaches the threshold; infinity if none does
+    :param threshold: return to reach
+    :return: environment steps of the first evaluation that reaches it; infinity if none does
     """
     reached = np.asarray(returns) >= threshold
     return float(np.asarray(steps)[reached.argmax()]) if reached.any() else float("inf")
@@ -107,12 +111,12 @@ def steps_to_threshold(steps: npt.ArrayLike, returns: npt.ArrayLike, threshold: 
 
 def mean_over_training(steps: npt.ArrayLike, returns: npt.ArrayLike, until: float) -> float:
     """
-    Area under the learning curve divided by its length: the average return during training.
+    Average the return over training: the area under the learning curve divided by its length.
 
-    :param steps: of the evaluations, ascending, shape (evaluations,)
+    :param steps: environment steps of the evaluations, ascending, shape (evaluations,)
     :param returns: mean return of each evaluation, shape (evaluations,)
-    :param until: environment steps at which the area ends, between two evaluations on the line that joins them; runs whose
-        last evaluations differ by some steps are compared over the same part of training. A shorter curve ends where it ends
+    :param until: environment steps at which the area ends, interpolated between two evaluations, so that runs whose last
+        evaluations differ by some steps are compared over the same part of training; a shorter curve ends where it ends
     :return: in the unit of the returns
     """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(returns, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Vectorised environments that cost less per step than SB3's, and gymnasium's batched environments as SB3's."""
+"""Vectorised environments that cost less per step than SB3's, and an adapter for gymnasium's batched environments."""
 
 from sb3_ppo_penalty.vec_envs.batched import BatchedVecEnv
 from sb3_ppo_penalty.vec_envs.lean import LeanCallback, LeanVecEnv, LeanVecNormalize, lean

@@ -1,4 +1,4 @@
-"""Gymnasium's vectorised environments as SB3's: many environments in one batch, stepped by one call."""
+"""Let SB3's algorithms train on gymnasium's vectorised environments: many environments stepped by one call."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -27,14 +27,16 @@ FINAL_KEYS = {"final_obs", "final_info", "_final_obs", "_final_info"}
 
 class BatchedVecEnv(VecEnv):
     """
-    A ``gymnasium.vector.VectorEnv`` as SB3's algorithms want their environments.
+    Adapt a ``gymnasium.vector.VectorEnv`` to SB3's ``VecEnv``.
 
-    Training sees what it sees of the same environments in ``DummyVecEnv``: an episode ends with ``terminal_observation`` and
-    ``TimeLimit.truncated`` in its info, and the observation returned with it is the first of the next episode. What an
-    environment does at the end of an episode, ``metadata["autoreset_mode"]``, is translated: ``SameStep`` as it is (the
-    cheapest); ``NextStep`` and ``Disabled`` by resetting what has ended at once, with ``reset(options={"reset_mask": ...})``,
-    so that the step that only resets never becomes a transition. Gymnasium (1.1 or later) and EnvPool do that for their own
-    environments; an environment that would reset others with it is refused by an error.
+    Training sees what it would see of the same environments in ``DummyVecEnv``: an episode ends with ``terminal_observation``
+    and ``TimeLimit.truncated`` in its info, and the observation returned with it is the first of the next episode.
+
+    What the batch does at the end of an episode (``metadata["autoreset_mode"]``) is translated. ``SameStep`` already resets in
+    the step that ends an episode, and is the cheapest. With ``NextStep`` and ``Disabled`` the environments whose episode ended
+    are reset at once by ``reset(options={"reset_mask": ...})``, so that no transition comes from a step that only resets.
+    Gymnasium (1.1 or later) and EnvPool support that for their own environments; a batch that resets other environments too
+    raises an error.
 
     Statistics of episodes come from ``VecMonitor``, normalisation from ``VecNormalize``, both around this class::
 
@@ -58,11 +60,19 @@ class BatchedVecEnv(VecEnv):
         self.spec = env.spec if isinstance(env.spec, EnvSpec) else None
 
     def step_async(self, actions: Array) -> None:
-        """:param actions: of all environments, shape (n_envs, ...)."""
+        """
+        Keep the actions for :meth:`step_wait`.
+
+        :param actions: actions of all environments, shape (n_envs, ...)
+        """
         self.actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """:return: observations, rewards, dones and infos of all environments; nothing of it changes at the next step."""
+        """
+        Step all environments.
+
+        :return: observations, rewards, dones and infos of all environments; their memory is not used again by a later step
+        """
         observations, rewards, terminated, truncated, batch = self.env.step(self.actions)
         rows, infos = self._copy_observations(observations), _split_infos(batch, self.num_envs)
         dones = np.logical_or(terminated, truncated)
@@ -73,7 +83,11 @@ class BatchedVecEnv(VecEnv):
         return dict_to_obs(self.observation_space, rows), np.array(rewards, dtype=np.float32), dones, infos
 
     def reset(self) -> VecEnvObs:
-        """:return: the first observations of all environments."""
+        """
+        Reset all environments.
+
+        :return: first observations, shape (n_envs, ...)
+        """
         options: dict[str, Any] = {"options": self._common_options()} if any(self._options) else {}
         seed = None if self._seeds[0] is None else int(self._seeds[0])
         observations, batch = self.env.reset(seed=seed, **options)
@@ -87,8 +101,10 @@ class BatchedVecEnv(VecEnv):
 
     def _common_options(self) -> dict[str, Any]:
         """
-        :return: the options of the next reset
-        :raises ArgumentError: if they are not the same for all environments
+        Return the options of the next reset, which a batch takes only once for all environments.
+
+        :return: the options
+        :raises ArgumentError: if they differ between environments
         """
         first = self._options[0]
         same = all(each is first or each == first for each in self._options)
@@ -97,19 +113,21 @@ class BatchedVecEnv(VecEnv):
 
     def _copy_observations(self, observations: Any) -> ObservationRows:
         """
-        :param observations: of the batch, which may use their memory again
-        :return: a copy, in the types of the observation space
+        Copy observations, whose memory the batch may use again, into arrays of the observation space's types.
+
+        :param observations: observations of the batch, an array or a dict of arrays
+        :return: a copy by key
         """
         return {key: np.array(observations if key is None else observations[key], dtype=self.dtypes[key]) for key in self.keys}
 
     def _end_episodes(self, rows: ObservationRows, infos: list[dict[str, Any]], batch: dict[str, Any], dones: Array) -> None:
         """
-        Note the last observations of the episodes that ended, and begin the next ones.
+        Record the last observations of the episodes that ended, and begin the next ones.
 
-        :param rows: observations after the step; those of the next episodes come in their places
-        :param infos: of the step; get ``terminal_observation``
-        :param batch: the batch's infos of the step
-        :param dones: whose episodes ended, shape (n_envs,)
+        :param rows: observations after the step; replaced by the first ones of the next episodes where an episode ended
+        :param infos: infos of the step, one for each environment; get ``terminal_observation``
+        :param batch: infos of the step in the batch's own form
+        :param dones: whether the episode ended, shape (n_envs,)
         """
         ended = np.flatnonzero(dones).tolist()
         if self.mode == SAME_STEP:
@@ -128,11 +146,11 @@ class BatchedVecEnv(VecEnv):
 
     def _reset_some(self, rows: ObservationRows, dones: Array) -> None:
         """
-        Reset environments whose episodes ended and leave the others alone.
+        Reset the environments whose episode ended, and no others.
 
-        :param rows: observations, changed in these places
-        :param dones: which, shape (n_envs,)
-        :raises ArgumentError: if others changed with them
+        :param rows: observations; replaced in the environments that are reset
+        :param dones: whether the episode ended, shape (n_envs,)
+        :raises ArgumentError: if other environments changed, too
         """
         observations, batch = self.env.reset(options={"reset_mask": dones.copy()})
         fresh = self._copy_observations(observations)
@@ -156,24 +174,32 @@ class BatchedVecEnv(VecEnv):
         self.env.close()
 
     def get_images(self) -> Sequence[npt.NDArray[Any] | None]:
-        """:return: a picture of each environment."""
+        """
+        Render all environments.
+
+        :return: an RGB picture of each environment, None where it draws none
+        """
         frames: Any = self.env.render()
         return list(frames or [None] * self.num_envs)
 
     def has_attr(self, attr_name: str) -> bool:
         """
-        :param attr_name: of an attribute or method of the environments
-        :return: whether all of them have it; a batch that is not made of environments has none
+        Say whether all environments have an attribute.
+
+        :param attr_name: name of an attribute or method of the single environments
+        :return: False also for a batch that is not made of single environments
         """
         batch: Any = self.env.unwrapped
         return hasattr(batch, "call") and all(batch.call("has_wrapper_attr", attr_name))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
-        :param attr_name: of an attribute of the environments
-        :param indices: of those to ask, None for all
-        :return: its values
-        :raises AttributeError: if the batch is not made of environments, or they lack it
+        Read an attribute of single environments.
+
+        :param attr_name: name of the attribute
+        :param indices: indices of the environments to ask, None for all
+        :return: the value of each
+        :raises AttributeError: if the batch is not made of single environments, or they lack the attribute
         """
         if attr_name == "render_mode":
             values: Sequence[Any] = [self.env.render_mode] * self.num_envs
@@ -183,10 +209,12 @@ class BatchedVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        :param attr_name: of an attribute of the environments, new or not
-        :param value: for each of them
-        :param indices: of those to change, None for all
-        :raises AttributeError: if the batch is not made of environments
+        Set an attribute of single environments.
+
+        :param attr_name: name of the attribute, which need not exist
+        :param value: its value, the same for all
+        :param indices: indices of the environments to change, None for all
+        :raises AttributeError: if the batch is not made of single environments
         """
         batch, places = self._environments(attr_name), list(self._get_indices(indices))
         if hasattr(batch, "envs"):
@@ -200,12 +228,14 @@ class BatchedVecEnv(VecEnv):
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """
-        :param method_name: of a method of the environments
-        :param method_args: for it
-        :param indices: of those to call it of, None for all
-        :param method_kwargs: for it
-        :return: what it returned
-        :raises AttributeError: if the batch is not made of environments, or they lack it
+        Call a method of single environments.
+
+        :param method_name: name of the method
+        :param method_args: its positional arguments
+        :param indices: indices of the environments whose method is called, None for all
+        :param method_kwargs: its keyword arguments
+        :return: what each call returned
+        :raises AttributeError: if the batch is not made of single environments, or they lack the method
         """
         batch, places = self._environments_with(method_name), list(self._get_indices(indices))
         if hasattr(batch, "envs"):
@@ -218,9 +248,11 @@ class BatchedVecEnv(VecEnv):
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
         """
-        :param wrapper_class: of single environments; in other processes a class of that name
-        :param indices: of those to ask, None for all
-        :return: whether each is wrapped with it
+        Say which environments are wrapped with a class.
+
+        :param wrapper_class: wrapper of single environments; in other processes any class of that name counts
+        :param indices: indices of the environments to ask, None for all
+        :return: one answer for each environment
         """
         batch: Any = self.env.unwrapped
         if hasattr(batch, "envs"):
@@ -233,8 +265,10 @@ class BatchedVecEnv(VecEnv):
 
     def _environments(self, name: str) -> Any:
         """
-        :param name: of what is asked of them
-        :return: gymnasium's vectorised environment, with its ``call`` and ``set_attr``
+        Return the innermost batch if it is made of single environments.
+
+        :param name: the attribute or method wanted, for the error
+        :return: gymnasium's vectorised environment, which has ``call`` and ``set_attr``
         :raises AttributeError: if there are no single environments
         """
         batch = self.env.unwrapped
@@ -244,9 +278,11 @@ class BatchedVecEnv(VecEnv):
 
     def _environments_with(self, name: str) -> Any:
         """
-        :param name: of an attribute or method; asking for one that is missing would end gymnasium's other processes
-        :return: as :meth:`_environments`
-        :raises AttributeError: if there are no single environments, or they lack it
+        Return the innermost batch if its single environments have an attribute.
+
+        :param name: name of an attribute or method; calling one that is missing would end gymnasium's worker processes
+        :return: gymnasium's vectorised environment, which has ``call`` and ``set_attr``
+        :raises AttributeError: if there are no single environments, or they lack the attribute
         """
         batch = self._environments(name)
         if not self.has_attr(name):
@@ -255,8 +291,10 @@ class BatchedVecEnv(VecEnv):
 
     def _require_all(self, places: list[int]) -> None:
         """
-        :param places: of environments in other processes
-        :raises ArgumentError: if they are not all: gymnasium reaches them together only
+        Check that all environments are addressed, because gymnasium reaches those in other processes only together.
+
+        :param places: indices of the environments
+        :raises ArgumentError: if some are missing
         """
         allowed = f"None or all of range({self.num_envs}), because {self.env.unwrapped} asks its environments together"
         require(sorted(places) == list(range(self.num_envs)), "indices", places, allowed)
@@ -264,17 +302,19 @@ class BatchedVecEnv(VecEnv):
 
 class ResettableCartPole(VectorWrapper):  # without types, which it takes from gymnasium 1.1 on
     """
-    Gymnasium's batched CartPole, which can also reset some of its environments at once.
+    Let gymnasium's batched CartPole reset some of its environments at once.
 
-    They begin as the batch itself would let them begin one step later, from the same random numbers.
+    They begin as the batch itself would begin them one step later, from the same random numbers.
 
-    :param env: the batch
+    :param env: the batch of cart poles
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
-        :param seed: for the batch
-        :param options: for the batch, or ``reset_mask``: which environments to reset
+        Reset all environments, or those that ``reset_mask`` selects.
+
+        :param seed: seed of the batch
+        :param options: options of the batch, or ``reset_mask``, booleans of shape (n_envs,)
         :return: observations of all environments, and infos
         """
         if options is None or "reset_mask" not in options:
@@ -289,9 +329,11 @@ class ResettableCartPole(VectorWrapper):  # without types, which it takes from g
 
 def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> str:
     """
-    :param env: the batch
-    :return: what happens at the end of an episode
-    :raises ArgumentError: if the batch does not say so, or cannot reset some of its environments
+    Read what a batch does at the end of an episode, and check that it can be translated.
+
+    :param env: the batch of environments
+    :return: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"``
+    :raises ArgumentError: if the batch does not say, or cannot reset some of its environments
     """
     mode = env.metadata.get("autoreset_mode", NEXT_STEP if isinstance(env, ResettableCartPole) else None)
     mode = getattr(mode, "value", mode)
@@ -310,8 +352,10 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> str:
 
 def _layers(env: Any) -> Iterator[Any]:
     """
-    :param env: the batch
-    :return: its wrappers, from the outside, and what they wrap
+    Go through the wrappers of a batch from the outside in, and end with the batch itself.
+
+    :param env: the batch of environments
+    :return: the wrappers and the batch
     """
     while isinstance(env, VectorWrapper):
         yield env
@@ -323,9 +367,9 @@ def _split_infos(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """
     Turn the infos of a batch into one dict for each environment.
 
-    :param batch: arrays by key, and boolean arrays by ``_key`` that say who has it; dicts of the same
+    :param batch: arrays by key; the booleans at ``_key`` say which environments have the key; dicts of the same
     :param count: number of environments
-    :return: dicts that share no memory with the batch; what is not one value for each environment goes to all
+    :return: dicts that share no memory with the batch; a value that is not one for each environment goes to all
     """
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in batch.items():
@@ -340,9 +384,11 @@ def _split_infos(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def _split_values(values: Any, count: int) -> list[Any]:
     """
-    :param values: of one key of a batch's infos
+    Split the values of one key into one for each environment.
+
+    :param values: values of one key of a batch's infos
     :param count: number of environments
-    :return: one for each environment
+    :return: a value for each environment
     """
     if isinstance(values, dict):
         return _split_infos(values, count)
@@ -354,8 +400,10 @@ def _split_values(values: Any, count: int) -> list[Any]:
 
 def _observation_at(observations: Any, place: int) -> Any:
     """
-    :param observations: of all environments: an array, also one of objects, or a dict or tuple of arrays
-    :param place: of an environment
+    Pick the observation of one environment.
+
+    :param observations: observations of all environments: an array, also one of objects, or a dict or tuple of arrays
+    :param place: index of the environment
     :return: its observation
     """
     if isinstance(observations, dict):

@@ -1,4 +1,4 @@
-"""SB3's environments of one process, and its normalisation of them, without copies and checks that change nothing."""
+"""SB3's ``DummyVecEnv`` and ``VecNormalize`` without the copies and checks that do not change the result."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ IMMUTABLE_TYPES = frozenset(
 
 def copy_info(info: dict[str, Any]) -> dict[str, Any]:
     """
-    Copy an info so that nothing in it is shared with the environment.
+    Copy an info so that it shares nothing with the environment.
 
-    :param info: of one environment
-    :return: as ``copy.deepcopy`` returns it, at the cost of a copy of the dict where it holds numbers and strings
+    :param info: info of one environment
+    :return: equal to ``copy.deepcopy(info)``; numbers and strings are not copied
     """
     if type(info) is not dict:
         return deepcopy(info)
@@ -38,7 +38,7 @@ def copy_info(info: dict[str, Any]) -> dict[str, Any]:
 
 
 class InfoList(list[dict[str, Any]]):
-    """The infos of all environments, which ``copy.deepcopy`` copies by :func:`copy_info`."""
+    """The infos of all environments; ``copy.deepcopy`` copies them by :func:`copy_info`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[dict[str, Any]]:
         return [copy_info(info) for info in self]
@@ -46,11 +46,11 @@ class InfoList(list[dict[str, Any]]):
 
 class LeanVecEnv(DummyVecEnv):
     """
-    ``DummyVecEnv`` that copies only what can change: the same to the bit, in a fraction of its time.
+    A ``DummyVecEnv`` that copies only what can change: the same results to the bit, in a fraction of the time.
 
     ``DummyVecEnv`` copies observations and infos deeply at each step, because an environment may reuse its arrays and dicts.
-    Here arrays, dicts and other objects in the infos are copied just so, and numbers and strings, which nobody can change, are
-    not. Nothing that it returns is shared with an environment, so it is safe wherever ``DummyVecEnv`` is.
+    Here numbers and strings, which cannot change, are not copied; arrays, dicts and other objects are. Nothing that it returns
+    is shared with an environment, so it is safe wherever ``DummyVecEnv`` is.
 
     Usage: ``make_vec_env("HalfCheetah-v5", vec_env_cls=LeanVecEnv)``.
 
@@ -62,7 +62,11 @@ class LeanVecEnv(DummyVecEnv):
         self.buf_infos = InfoList(self.buf_infos)
 
     def _obs_from_buf(self) -> VecEnvObs:
-        """:return: a copy of the latest observations of all environments."""
+        """
+        Copy the latest observations of all environments.
+
+        :return: the copy, an array, or a dict or tuple of arrays
+        """
         buffers: dict[Any, Array] = self.buf_obs  # by key, None where there are none
         if None in buffers:
             return buffers[None].copy()
@@ -71,7 +75,7 @@ class LeanVecEnv(DummyVecEnv):
 
 class LeanVecNormalize(VecNormalize):
     """
-    ``VecNormalize`` in fewer calls of numpy: the same observations, rewards, infos and statistics to the bit.
+    A ``VecNormalize`` with fewer calls of numpy: the same observations, rewards, infos and statistics to the bit.
 
     Every floating-point operation is SB3's, in SB3's order. It is a ``VecNormalize`` wherever SB3 asks for one
     (``get_vec_normalize_env``, ``sync_envs_normalization``, ``EvalCallback``, ``CheckpointCallback``). Its files are
@@ -81,16 +85,20 @@ class LeanVecNormalize(VecNormalize):
     ``make_vec_env("HalfCheetah-v5", vec_env_cls=LeanVecNormalize, vec_env_kwargs={"norm_reward": False})``.
 
     :param venv: the vectorised environment to wrap, or functions that make one environment each, for a :class:`LeanVecEnv`
-    :param args: ``VecNormalize``'s, as are
-    :param kwargs: ``training``, ``norm_obs``, ``norm_reward``, ``clip_obs``, ``clip_reward``, ``gamma``,
-        ``epsilon``, ``norm_obs_keys``
+    :param args: further arguments of ``VecNormalize``
+    :param kwargs: further arguments of ``VecNormalize``: ``training``, ``norm_obs``, ``norm_reward``, ``clip_obs``,
+        ``clip_reward``, ``gamma``, ``epsilon``, ``norm_obs_keys``
     """
 
     def __init__(self, venv: VecEnv | Sequence[Callable[[], gym.Env[Any, Any]]], *args: Any, **kwargs: Any) -> None:
         super().__init__(venv if isinstance(venv, VecEnv) else LeanVecEnv(list(venv)), *args, **kwargs)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """:return: normalised observations and rewards, dones, and infos with normalised ``terminal_observation``."""
+        """
+        Finish the step of the wrapped environments, update the statistics and normalise.
+
+        :return: normalised observations and rewards, dones, and infos with normalised ``terminal_observation``
+        """
         obs, rewards, dones, infos = self.venv.step_wait()
         self.old_obs, self.old_reward = obs, rewards  # type: ignore[assignment]  # never a tuple under VecNormalize
         if self.training:
@@ -103,7 +111,7 @@ class LeanVecNormalize(VecNormalize):
         return self.normalize_obs(self.old_obs), self.normalize_reward(rewards), dones, infos
 
     def _update_observations(self) -> None:
-        """Take the latest observations into their statistics."""
+        """Update the statistics of the observations with the latest ones."""
         if not self.norm_obs:
             return
         statistics: Any = self.obs_rms  # SB3's type is that of dict observations
@@ -115,9 +123,9 @@ class LeanVecNormalize(VecNormalize):
 
     def _update_reward(self, reward: Array) -> None:
         """
-        Take the discounted returns into their statistics.
+        Update the statistics of the discounted returns.
 
-        :param reward: shape (n_envs,)
+        :param reward: rewards of the step, shape (n_envs,)
         """
         if len(reward) == 1:
             discounted = float(self.returns[0]) * self.gamma + float(reward[0])
@@ -129,18 +137,20 @@ class LeanVecNormalize(VecNormalize):
 
     def _normalize_obs(self, obs: Array, obs_rms: RunningMeanStd) -> Array:
         """
-        :param obs: of one environment or of all
-        :param obs_rms: their statistics
-        :return: normalised and clipped, as doubles
+        Normalise and clip observations.
+
+        :param obs: observations of one environment or of all
+        :param obs_rms: running statistics of the observations
+        :return: double precision, the shape of ``obs``
         """
         return standardize(obs, obs_rms, self.epsilon, self.clip_obs)
 
     def normalize_obs(self, obs: Array | dict[str, Array]) -> Array | dict[str, Array]:
         """
-        Normalise observations by the statistics, which stay as they are.
+        Normalise observations without updating the statistics.
 
-        :param obs: of one environment or of all; not changed
-        :return: normalised, float32
+        :param obs: observations of one environment or of all; not changed
+        :return: normalised observations, float32
         """
         if self.norm_obs:
             statistics: Any = self.obs_rms  # SB3's type is that of dict observations
@@ -150,10 +160,10 @@ class LeanVecNormalize(VecNormalize):
 
     def normalize_reward(self, reward: Array) -> Array:
         """
-        Normalise rewards by the statistics of the returns, which stay as they are.
+        Normalise rewards by the statistics of the returns, without updating these.
 
-        :param reward: shape (n_envs,); not changed
-        :return: float32
+        :param reward: rewards, shape (n_envs,); not changed
+        :return: normalised rewards, float32
         """
         if not self.norm_reward:
             return reward.astype(np.float32)
@@ -167,9 +177,9 @@ class LeanVecNormalize(VecNormalize):
     @staticmethod
     def load(load_path: str, venv: VecEnv) -> "LeanVecNormalize":
         """
-        Load statistics and settings.
+        Load statistics and settings from a file of this class or of ``VecNormalize``.
 
-        :param load_path: a file of this class or of ``VecNormalize``
+        :param load_path: path of the file
         :param venv: the vectorised environment to wrap
         :return: the normalised environment
         """
@@ -179,9 +189,9 @@ class LeanVecNormalize(VecNormalize):
 
     def save(self, save_path: str) -> None:
         """
-        Save statistics and settings in a file that ``VecNormalize`` could have saved.
+        Save statistics and settings in a file that ``VecNormalize`` can load without this package.
 
-        :param save_path: the file
+        :param save_path: path of the file
         """
         plain = VecNormalize.__new__(VecNormalize)
         vars(plain).update(vars(self))
@@ -190,9 +200,9 @@ class LeanVecNormalize(VecNormalize):
 
 def lean(env: VecEnv) -> VecEnv:
     """
-    Make SB3's environments lean where they stand: ``DummyVecEnv`` and ``VecNormalize``, below whatever wrappers.
+    Replace ``DummyVecEnv`` and ``VecNormalize`` inside an environment by the lean classes, in place.
 
-    :param env: changed; what is of another class, or a subclass, stays as it is
+    :param env: the environment with its wrappers; layers of other classes, and of subclasses, stay as they are
     :return: the same object
     """
     layer = env
@@ -208,7 +218,7 @@ def lean(env: VecEnv) -> VecEnv:
 
 class LeanCallback(BaseCallback):
     """
-    Make the training environment lean when training begins, where only a callback can be named.
+    Make the training environment lean when training begins, for places where only a callback can be named.
 
     In RL Zoo's hyperparameter files: ``callback: sb3_ppo_penalty.vec_envs.LeanCallback``, with ``normalize`` as it is.
     """

@@ -1,4 +1,4 @@
-"""Running means and variances, to the bit as SB3's ``RunningMeanStd`` and ``VecNormalize`` compute them, in less time."""
+"""Running means and variances as SB3's ``RunningMeanStd`` and ``VecNormalize`` compute them, to the bit, in less time."""
 
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.float32))
 @lru_cache
 def constant_array(value: float) -> Array:
     """
-    Make a number an array once: numpy takes half as long for an operation with it as with a Python number.
+    Turn a number into an array once; numpy calculates twice as fast with it as with a Python number.
 
     :param value: any number
     :return: shape (), double, read-only
@@ -27,10 +27,10 @@ def constant_array(value: float) -> Array:
 
 def update(statistics: RunningMeanStd, batch: Array) -> None:
     """
-    Take a batch into the statistics as ``statistics.update(batch)`` does, by the same floating-point operations.
+    Update the statistics with a batch as ``statistics.update(batch)`` does, by the same floating-point operations.
 
-    :param statistics: of one element of the batch; changed
-    :param batch: shape (n, ...)
+    :param statistics: running statistics of one element of the batch; changed
+    :param batch: new values, shape (n, ...)
     """
     mean, variance = _moments(batch)
     if batch.ndim == 1:
@@ -41,10 +41,10 @@ def update(statistics: RunningMeanStd, batch: Array) -> None:
 
 def update_by_number(statistics: RunningMeanStd, number: float) -> None:
     """
-    Take one number into the statistics, in Python's floats, which are numpy's doubles.
+    Update the statistics of a scalar with one number, in Python's floats, which are numpy's doubles.
 
-    :param statistics: of shape (); changed
-    :param number: a double
+    :param statistics: running statistics of shape (); changed
+    :param number: the new value
     """
     old, mean, total = statistics.count, float(statistics.mean), statistics.count + 1
     delta = number - mean
@@ -56,10 +56,10 @@ def update_by_number(statistics: RunningMeanStd, number: float) -> None:
 
 def _moments(batch: Array) -> tuple[Array, Array]:
     """
-    Mean and variance over the first axis as ``numpy.mean`` and ``numpy.var`` compute them, without their checks.
+    Compute mean and variance over the first axis as ``numpy.mean`` and ``numpy.var`` do, without their checks.
 
-    :param batch: shape (n, ...)
-    :return: two arrays of shape (...)
+    :param batch: values, shape (n, ...)
+    :return: mean and variance, shape (...)
     """
     if batch.dtype not in FAST_DTYPES:
         return np.mean(batch, axis=0), np.var(batch, axis=0)
@@ -74,12 +74,12 @@ def _moments(batch: Array) -> tuple[Array, Array]:
 
 def _combine(statistics: RunningMeanStd, mean: Array, variance: Array, count: int) -> None:
     """
-    Merge the moments of a batch into the statistics as ``update_from_moments`` does, in place where it makes new arrays.
+    Merge the moments of a batch into the statistics as ``update_from_moments`` does, reusing arrays.
 
-    :param statistics: changed
-    :param mean: of the batch
-    :param variance: of the batch
-    :param count: rows of the batch
+    :param statistics: running statistics; changed
+    :param mean: mean of the batch
+    :param variance: variance of the batch
+    :param count: number of rows of the batch
     """
     total = statistics.count + count
     old_rows, new_rows = np.array(statistics.count), np.array(total)
@@ -105,11 +105,11 @@ def standardize(values: Array, statistics: RunningMeanStd, epsilon: float, clip:
     """
     Subtract the mean, divide by the standard deviation, and clip.
 
-    :param values: shape (..., shape of the statistics)
-    :param statistics: of the values
-    :param epsilon: added to the variance
+    :param values: values to standardise, shape (..., shape of the statistics)
+    :param statistics: running mean and variance of the values
+    :param epsilon: added to the variance before the square root
     :param clip: largest magnitude of the result
-    :return: doubles
+    :return: double precision
     """
     scale = np.sqrt(statistics.var + constant_array(epsilon))
     result: Array = values - statistics.mean
@@ -119,7 +119,7 @@ def standardize(values: Array, statistics: RunningMeanStd, epsilon: float, clip:
 
 def clip_magnitude(values: Array, limit: float) -> Array:
     """
-    Clip as ``numpy.clip`` does.
+    Clip to a magnitude as ``numpy.clip`` does.
 
     :param values: doubles or floats
     :param limit: largest magnitude

@@ -1,4 +1,4 @@
-"""The algorithms at home in RL Zoo: registration, hyperparameters and Optuna's search spaces."""
+"""RL Zoo support: registration of the algorithms, tuned hyperparameters and Optuna's search spaces."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,11 @@ REQUIRED = ("rl_zoo3", "requests", "pandas")
 
 class MissingExtraError(ModuleNotFoundError):
     """
-    An optional dependency is not installed.
+    Raised where an optional dependency is not installed; says how to install it.
 
-    :param what: the part of the package that needs it
-    :param names: of the modules
-    :param extra: that brings them
+    :param what: the part of the package that needs the dependency
+    :param names: names of the missing modules
+    :param extra: the extra of this package that installs them
     """
 
     def __init__(self, what: str, *names: str, extra: str = "zoo") -> None:
@@ -25,13 +25,13 @@ class MissingExtraError(ModuleNotFoundError):
 
 def register() -> None:
     """
-    Make ``ppo_penalty`` and ``ppo_clip`` known to RL Zoo: to its functions and, in this process, to its commands.
+    Make ``ppo_penalty`` and ``ppo_clip`` known to RL Zoo's functions and, in this process, to its commands.
 
-    They get their classes in ``rl_zoo3.ALGOS``, their search spaces in Optuna's two tables, and the hyperparameter files of
-    this package where none is named. Call it before ``rl_zoo3.train.train()`` and the like build their choice of algorithms;
-    calling it again changes nothing.
+    Their classes go into ``rl_zoo3.ALGOS``, their search spaces into RL Zoo's two tables for Optuna, and RL Zoo reads this
+    package's hyperparameter files for them unless another file is named. Call it before ``rl_zoo3.train.train()`` and the
+    like, which build their choice of algorithms; calling it again changes nothing.
 
-    :raises MissingExtraError: if RL Zoo or something it needs is not installed; says how to install it
+    :raises MissingExtraError: if RL Zoo or one of its dependencies is not installed
     """
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:

@@ -3,7 +3,8 @@ The article's recipe (section 5) as a hyperparameter module for RL Zoo.
 
 ``python -m sb3_ppo_penalty train --algo ppo_clip --env Pendulum-v1 --conf-file sb3_ppo_penalty.zoo.article``
 
-A module and not YAML: RL Zoo reads no class, such as the recipe's rollout buffer, from a YAML file.
+It is a module and not a YAML file, because the recipe names a class, its rollout buffer, which RL Zoo does not read from YAML.
+For the article see :mod:`sb3_ppo_penalty.algorithms`.
 """
 
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""RL Zoo's commands, run with the algorithms registered."""
+"""Run RL Zoo's commands with this package's algorithms registered."""
 
 import importlib
 import runpy
@@ -18,10 +18,10 @@ CHILD_COMMANDS = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.rec
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """
-    Run one of RL Zoo's commands, after :func:`~.register`.
+    Run one of RL Zoo's commands; :func:`sb3_ppo_penalty.zoo.register` must have been called.
 
     :param command: one of :data:`FUNCTIONS` or :data:`SCRIPTS`
-    :param arguments: RL Zoo's own, see its ``--help``
+    :param arguments: the command's arguments, RL Zoo's own: see its ``--help``
     """
     module = f"rl_zoo3.{command}"
     sys.argv = [f"sb3_ppo_penalty {command}", *arguments]
@@ -34,11 +34,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def child_command(command: Any) -> Any:
     """
-    The command in which the algorithms are registered, for one of RL Zoo's that its scripts start.
+    Replace a command that RL Zoo's scripts start by the command of this package that does the same.
 
-    :param command: ``python enjoy.py ...`` (a file that an installed RL Zoo lacks), ``python -m rl_zoo3.record_video ...`` or
-        one that is not RL Zoo's
-    :return: ``python -m sb3_ppo_penalty enjoy ...``, ``python -m sb3_ppo_penalty record_video ...``, or the same
+    :param command: words of the command: ``python enjoy.py ...`` (a file that an installed RL Zoo lacks),
+        ``python -m rl_zoo3.record_video ...``, or one that is not RL Zoo's
+    :return: ``python -m sb3_ppo_penalty enjoy ...`` or ``python -m sb3_ppo_penalty record_video ...``; any other command
+        unchanged
     """
     for start, name in CHILD_COMMANDS.items():
         if tuple(command[: len(start)]) == start:
@@ -48,7 +49,7 @@ def child_command(command: Any) -> Any:
 
 @contextmanager
 def _registered_children() -> Iterator[None]:
-    """Let the commands that RL Zoo's scripts start, in processes of their own, know the algorithms too."""
+    """Register the algorithms in the processes that RL Zoo's scripts start, too."""
     call = subprocess.call
 
     def call_registered(command: Any, *args: Any, **kwargs: Any) -> int:

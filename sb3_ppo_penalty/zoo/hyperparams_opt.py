@@ -1,4 +1,4 @@
-"""Where Optuna looks for hyperparameters, through RL Zoo."""
+"""The hyperparameter spaces that Optuna searches through RL Zoo."""
 
 import math
 from collections.abc import Callable
@@ -15,14 +15,15 @@ Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 
 def _sample_shared(trial: optuna.Trial, n_actions: int) -> dict[str, Any]:
     """
-    RL Zoo's space for PPO without its clip range, under the same names, and the covariance of the Gaussian.
+    Draw the hyperparameters that both algorithms have.
 
-    Wider where RL Zoo's own tuned entries lie outside of it (gamma 0.9, gae_lambda 0.8), and without batches below 32, which
-    make an update take minutes.
+    The space is RL Zoo's for PPO without the clip range, under the same names, and the covariance of the Gaussian. It is wider
+    where RL Zoo's own tuned entries lie outside (gamma 0.9, gae_lambda 0.8), and has no batches below 32, with which an update
+    takes minutes.
 
-    :param trial: of Optuna
+    :param trial: the trial of Optuna that draws
     :param n_actions: number of action dimensions of a Box space, 0 for any other
-    :return: as drawn
+    :return: drawn values by Optuna's name of the parameter, to be converted by :func:`convert`
     """
     params: dict[str, Any] = {
         "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
@@ -49,11 +50,13 @@ def _sample_shared(trial: optuna.Trial, n_actions: int) -> dict[str, Any]:
 
 def sample_ppo_clip(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    :param trial: of Optuna
+    Draw the hyperparameters of :class:`~sb3_ppo_penalty.PPOClip`.
+
+    :param trial: the trial of Optuna that draws
     :param n_actions: number of action dimensions of a Box space, 0 for any other
-    :param n_envs: not used
-    :param additional_args: not used
-    :return: keyword arguments of :class:`~sb3_ppo_penalty.PPOClip`
+    :param n_envs: not used; RL Zoo passes it
+    :param additional_args: not used; RL Zoo passes it
+    :return: keyword arguments of the algorithm
     """
     params = _sample_shared(trial, n_actions)
     params["clip_range"] = trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3, 0.4])
@@ -63,11 +66,13 @@ def sample_ppo_clip(trial: optuna.Trial, n_actions: int, n_envs: int, additional
 
 def sample_ppo_penalty(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    :param trial: of Optuna
+    Draw the hyperparameters of :class:`~sb3_ppo_penalty.PPOPenalty`.
+
+    :param trial: the trial of Optuna that draws
     :param n_actions: number of action dimensions of a Box space, 0 for any other
-    :param n_envs: not used
-    :param additional_args: not used
-    :return: keyword arguments of :class:`~sb3_ppo_penalty.PPOPenalty`
+    :param n_envs: not used; RL Zoo passes it
+    :param additional_args: not used; RL Zoo passes it
+    :return: keyword arguments of the algorithm
     """
     params = _sample_shared(trial, n_actions)
     params["clip_range"] = trial.suggest_categorical("clip_range", [None, 0.1, 0.2, 0.3, 0.4])
@@ -80,10 +85,10 @@ def sample_ppo_penalty(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 def convert(params: dict[str, Any]) -> dict[str, Any]:
     """
-    From what a trial drew to what an algorithm takes.
+    Convert the values that a trial drew to keyword arguments of the algorithm.
 
-    :param params: as drawn, or as a stored study has them
-    :return: keyword arguments
+    :param params: drawn values, by Optuna's name of the parameter
+    :return: keyword arguments of the algorithm
     """
     params = params.copy()
     if "kl_coef" in params:

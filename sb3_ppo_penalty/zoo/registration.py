@@ -1,4 +1,4 @@
-"""What RL Zoo's tables get, and its experiment manager where these algorithms need something else."""
+"""Register the algorithms in RL Zoo's tables, and adapt its experiment manager to them."""
 
 from argparse import Namespace
 from typing import Any
@@ -23,12 +23,12 @@ SAMPLERS: dict[str, Sampler] = {"ppo_penalty": sample_ppo_penalty, "ppo_clip": s
 
 class Manager(ExperimentManager):
     """
-    RL Zoo's manager, with this package's hyperparameter files for this package's algorithms where none is named.
+    RL Zoo's experiment manager, which reads this package's hyperparameter files for this package's algorithms.
 
-    :param args: see RL Zoo, as for everything else
+    :param args: parsed arguments of RL Zoo's command line
     :param algo: name of the algorithm
-    :param others: RL Zoo's further arguments, in its order
-    :param kwargs: RL Zoo's further arguments by name, among them ``config``, the hyperparameter file or module
+    :param others: RL Zoo's further positional arguments
+    :param kwargs: RL Zoo's further arguments; ``config`` names another hyperparameter file or module
     """
 
     def __init__(self, args: Namespace, algo: str, *others: Any, **kwargs: Any) -> None:
@@ -38,12 +38,13 @@ class Manager(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         """
-        Continue with the coefficient that the agent had reached, and with what its controller remembers: the file's are for a
-        first update.
+        Continue an agent with its own coefficient and controller, not with the first ones of the hyperparameter file.
 
-        :param hyperparams: of the file and the command line
-        :param env: to train in
-        :return: the agent
+        The command line may still name others.
+
+        :param hyperparams: hyperparameters of the file and of the command line
+        :param env: environments to train in
+        :return: the loaded agent
         """
         for name in {"kl_coef", "kl_controller"} - set(self.custom_hyperparams or {}):
             hyperparams.pop(name, None)
@@ -51,10 +52,10 @@ class Manager(ExperimentManager):
 
     def objective(self, trial: optuna.Trial) -> float:
         """
-        Prune a trial whose update is not finite, as RL Zoo does with the errors that SB3 raises there.
+        Train and evaluate a trial; prune it if an update is not finite, as RL Zoo prunes SB3's own errors of that kind.
 
-        :param trial: of Optuna
-        :return: mean reward
+        :param trial: the trial of Optuna
+        :return: mean return of the evaluation
         """
         try:
             return super().objective(trial)
@@ -63,7 +64,7 @@ class Manager(ExperimentManager):
 
 
 def register() -> None:
-    """Fill RL Zoo's tables: see :func:`sb3_ppo_penalty.zoo.register`."""
+    """Fill RL Zoo's tables; to be called through :func:`sb3_ppo_penalty.zoo.register`."""
     samplers: dict[str, Any] = HYPERPARAMS_SAMPLER  # whose inferred types hold RL Zoo's own functions only
     converters: dict[str, Any] = HYPERPARAMS_CONVERTER
     ALGOS.update(ALGORITHMS)
