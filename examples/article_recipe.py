@@ -89,7 +89,7 @@ class RenderEpisode(BaseCallback):
         if self.locals["dones"][0]:
             self._write()
         else:
-            # 25 frames of 250 x 250 pixels a second: half of what the environment draws, in each direction
+            # Half of the frames and half of the pixels in each direction keep the GIF small: 25 frames a second of 250 x 250
             if self.n_calls % 2:
                 self.frames.append(self.training_env.render()[::2, ::2])
         return True
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: words of the command line; default: this process's
     """
     options = parse(arguments)
-    # The window of SB3's averages: the episodes of one batch, as in the article
+    # SB3's averages are then over the episodes of one batch, as in the article
     n_episodes = ARTICLE_RECIPE["n_steps"] // EPISODE_LENGTH
     model = PPOClip("MlpPolicy", ENV_ID, seed=options.seed, stats_window_size=n_episodes, **ARTICLE_RECIPE)
     model.set_logger(configure(str(options.out), ["stdout", "csv"]))
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RenderEpisode(options.render_every, options.out / "episodes"),
         AfterUpdate(CallbackList([LogIteration(), checkpoint])),
     ]
-    # No interval: LogIteration logs
+    # No log_interval, because LogIteration logs
     model.learn(options.n_timesteps, callback=callbacks, log_interval=None)
     model.logger.close()
     model.save(options.out / "model")

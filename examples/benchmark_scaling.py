@@ -36,10 +36,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_ppo_penalty import PPOPenalty
 from sb3_ppo_penalty.distributed.team import Ranks, session
 
-#: Bytes of the vectors that are summed, one by one
+#: Sizes of the vectors whose all-reduce is timed, in bytes
 SIZES = [2**exponent for exponent in range(10, 25, 2)]
 PLANNED = (2, 8, 64, 512)
-#: name -> seconds until a message arrives and per byte, assumed of a network; None stands for what is measured here
+#: Name of a network -> assumed latency in seconds and seconds per byte; None for the values measured here
 NETWORKS: dict[str, tuple[float, float] | None] = {
     "as between two processes here": None,
     "25 Gbit/s, 25 us (assumed)": (25e-6, 8 / 25e9),
@@ -248,7 +248,7 @@ def fit_model(one: list[dict[str, float]], two: list[dict[str, float]], all_redu
     :return: the model
     """
     step_s, env_s = fit_line([row["n_envs"] for row in one], [row["collect_s"] / row["n_steps"] for row in one])
-    # Of two processes: two messages one after the other, of half the vector each
+    # Between two processes a ring sends two messages one after the other, each with half of the vector
     intercept, slope = fit_line([row["bytes"] for row in all_reduce], [row["seconds"] for row in all_reduce])
     spread = statistics.median(row["collect_std_s"] / row["collect_s"] for row in one)
     alone = statistics.median(row["update_s"] / row["minibatches"] for row in one)

@@ -40,7 +40,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 
-#: name -> class and its arguments
+#: Name of a contender -> its class and arguments
 CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
     "stock PPO": (PPO, {}),
     "PPOClip": (PPOClip, {}),
@@ -253,7 +253,7 @@ def peak_memory(contender: str, images: bool) -> float:
     algorithm, options = CONTENDERS[contender]
     if images:
         env = make_vec_env(lambda: FakeImageEnv(n_channels=4), 16, seed=0)
-        # One epoch of large minibatches: the peak is the same after it
+        # One epoch of large minibatches is enough: later epochs do not raise the peak
         model = algorithm("CnnPolicy", env, n_epochs=1, batch_size=512, device="cpu", **options)
     else:
         model = algorithm("MlpPolicy", make_vec_env("Pendulum-v1", 4), device="cpu", **options)

@@ -25,7 +25,7 @@ from torch.distributions import Normal
 from sb3_ppo_penalty.objectives.divergence import kl_diagonal_gaussian
 from sb3_ppo_penalty.objectives.losses import effective_sample_size, importance_ratio
 
-#: (shift, width) of q: it moves away, then it is too narrow or too wide
+#: (shift, width) of q: first q moves away from p, then it is narrower or wider than p
 TABLE = (
     (0.0, 1.0),
     (0.25, 1.0),
@@ -40,7 +40,7 @@ TABLE = (
 )
 COLUMNS = ("shift", "width", "KL(q||p)", "mean", "mean*", "error*", "var", "var*", "ess", "ess*")
 WIDTHS = (0.9, 1.0, 1.25)
-#: As many as PPO's default rollout holds
+#: Number of samples in PPO's default rollout
 ROLLOUT = 2048
 
 

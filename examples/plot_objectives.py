@@ -25,7 +25,7 @@ from sb3_ppo_penalty.objectives.divergence import kl_diagonal_gaussian
 from sb3_ppo_penalty.policies.distributions import DEFAULT_VARIANCE
 
 EPS = 0.2
-#: The last one puts the best mean where KL(old || new) is the default target, 0.01 nats: there KL = 1 / (2 beta^2)
+#: At the maximum KL(old || new) = 1 / (2 beta^2) nats: with the last coefficient it is the default target, 0.01
 KL_COEFS = (0.0, 0.5, 1.0, 2.0, math.sqrt(50))
 RATIO_LABEL = r"ratio $r = \pi_\theta(a|s)\,/\,\pi_{\theta^k}(a|s)$"
 

@@ -110,7 +110,7 @@ def loggers(out: Path) -> None:
     model.learn(3072)
     model.logger.close()
     with (out / "progress.csv").open(newline="") as file:
-        # A rollout is logged before its own update: the first line has no update yet
+        # SB3 logs before the update, so that the first line has no update yet
         updates = list(csv.DictReader(file))[1:]
     print("steps   train/kl   train/kl_coef (for the update after)")
     for row in updates:

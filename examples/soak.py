@@ -37,7 +37,7 @@ from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, latest_chec
 
 N_ENVS = 4
 KL_COEF_BOUNDS = (1e-3, 1e3)
-#: A hundred times the target, in nats
+#: Largest KL allowed, in nats: a hundred times the target
 KL_LIMIT = 1.0
 HYPERPARAMETERS = {"n_steps": 256, "learning_rate": 1e-3, "gamma": 0.95, "kl_coef_bounds": KL_COEF_BOUNDS}
 
@@ -91,7 +91,7 @@ class KLRecorder(BaseCallback):
         self.begun = self.num_timesteps
 
     def _on_rollout_start(self) -> None:
-        # What the update recorded; a resumed model brings the last one before the checkpoint with it
+        # In the first rollout of a resumed model the logger still has the update before the checkpoint
         if self.num_timesteps > self.begun:
             self.kls.append(self.logger.name_to_value["train/kl"])
             self.kl_coefs.append(self.model.kl_coef)

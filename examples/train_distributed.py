@@ -45,7 +45,7 @@ def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:
         callback.append(EvalCallback(eval_env, eval_freq=options.eval_freq, log_path=str(options.out), verbose=0))
     path = ranks.latest_checkpoint(options.out / "checkpoints")
     if path is None:
-        # The same seed everywhere: each process derives its own from it
+        # The same seed in every process: each derives its own seed from it
         model = PPOPenalty(
             "MlpPolicy",
             env,

@@ -45,7 +45,7 @@ def train(seed: int, n_timesteps: int, out: Path) -> PPOPenalty:
     :param out: folder for the evaluations during training
     :return: the trained model
     """
-    # Rewards of size 1 for the critic; observations stay as they are, so that the model needs no statistics to act
+    # The critic needs rewards of about size 1. Observations are not normalised, so that the model can act without statistics
     env = VecNormalize(make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed), norm_obs=False, gamma=PENDULUM["gamma"])
     eval_env = VecNormalize(make_vec_env(ENV_ID, n_envs=20, seed=10_000), norm_obs=False, norm_reward=False, training=False)
     callback = EvalCallback(eval_env, n_eval_episodes=20, eval_freq=5_000 // N_ENVS, log_path=str(out), verbose=0)
@@ -70,7 +70,7 @@ def animate(model: PPOPenalty, path: Path, seed: int = 3) -> None:
         observation, _, terminated, truncated, _ = env.step(action)
         done = terminated or truncated
     env.close()
-    shown = [frame.quantize(32) for frame in frames[:150:2]]  # 0.05 s a step: every other frame at 0.1 s is real time
+    shown = [frame.quantize(32) for frame in frames[:150:2]]  # a step is 0.05 s: every other frame for 0.1 s is real time
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=100, loop=0, optimize=True)
 
 

@@ -39,7 +39,7 @@ class Scale(NamedTuple):
     n_eval_episodes: int
 
 
-#: As many steps as show a difference; MuJoCo's episodes, of up to 1,000 steps, cost as much to evaluate as to train on
+#: Enough steps to show a difference; few evaluation episodes on MuJoCo, where an episode has up to 1,000 steps
 ENVIRONMENTS = {
     "Pendulum-v1": Scale(60_000, 200),
     "CartPole-v1": Scale(30_000, 50),
@@ -51,7 +51,7 @@ ENVIRONMENTS = {
     "Hopper-v5": Scale(100_000, 20),
     "Ant-v5": Scale(240_000, 10),
 }
-#: From this many steps on a run gains from compilation more than it costs
+#: Number of steps from which compilation saves more time than it takes
 COMPILED_FROM = 200_000
 #: Arguments of every penalty, in place of those in this package's entry for the environment
 PENALTY: dict[str, Any] = {
@@ -61,7 +61,7 @@ PENALTY: dict[str, Any] = {
     "kl_penalty": "old_new",
     "guard": None,
 }
-#: name of a variant -> its arguments beside PENALTY
+#: Name of a variant -> its arguments, which override those of PENALTY
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {"kl_controller": "adaptive"},
     "fixed": {"kl_controller": "fixed"},
@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guard-max": {"guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
     "robust": ROBUST,
 }
-#: Mean over the last fifth of training of what an update left behind
+#: Figures of an update, averaged over the last fifth of training: log key -> header
 DIAGNOSTICS = {
     "kl": "KL",
     "kl_p99": "99th percentile",
@@ -86,7 +86,7 @@ DIAGNOSTICS = {
     "effective_sample_size": "effective sample size",
     "std": "std",
 }
-#: What the tables over all environments show
+#: Tables over all environments: title -> column
 OVERVIEWS = {"Final return, without noise": "final_return", "Return with noise, last batch": "last_batch_return"}
 
 

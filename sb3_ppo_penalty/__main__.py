@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     command = parser.parse_args(words[:1]).command
     if command == "compare":
-        # Not at the top, like RL Zoo: neither command waits for what only the other needs
+        # Imported here, like RL Zoo below, so that no command waits for imports that only another one needs
         from sb3_ppo_penalty.study.cli import main as compare
 
         return compare(words[1:])

@@ -24,14 +24,14 @@ ALGORITHMS = {
     "ppo_article": Algorithm("ppo_clip", "clip"),
 }
 
-#: What the others are measured against
+#: The algorithm that the others are compared with
 BASELINE = "ppo"
-#: Has no Zoo entry: its settings are ``sb3_ppo_penalty.ARTICLE_RECIPE``
+#: The article's recipe; its settings are ``sb3_ppo_penalty.ARTICLE_RECIPE`` and no entry of a file
 ARTICLE = "ppo_article"
-#: Those whose Zoo entries come with this package and suit its policies
+#: Algorithms for which this package has tuned entries, for its own policies
 TUNED_ALGORITHMS = ("ppo_penalty", "ppo_clip")
 
-#: Stands between an algorithm and the name of a variant of it: ``ppo_penalty+dual``
+#: Between an algorithm and the name of a variant of it, as in ``ppo_penalty+dual``
 VARIANT_SEPARATOR = "+"
 
 

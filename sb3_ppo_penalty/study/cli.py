@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from sb3_ppo_penalty.study.execution import Backend
     from sb3_ppo_penalty.study.grid import Comparison, Task
 
-#: Beyond what RL Zoo needs
+#: Modules that the comparison needs besides those of RL Zoo
 REQUIRED = ("joblib", "matplotlib", "pytablewriter", "scipy", "tqdm", "yaml")
-#: Where the runs are performed
+#: Backends: processes of this machine, or a Ray cluster
 LOCAL, RAY = "local", "ray"
 DEFAULT_ALGOS = ("ppo_penalty", "ppo_clip", "ppo", "trpo")
-#: (seeds, steps): a first look within five minutes on two cores, and the study behind a claim. 100,000 steps are what RL Zoo's
-#: entries for Pendulum-v1 were tuned for: much shorter runs, whose learning rate falls the faster, say little about them. With
-#: fewer than ten seeds bootstrap intervals are too narrow (Agarwal et al. 2021)
+#: (seeds, steps) of a first look, within five minutes on two cores, and of a study that can be quoted. RL Zoo's entries for
+#: Pendulum-v1 were tuned for 100,000 steps; in much shorter runs their learning rate falls too fast. With fewer than ten seeds
+#: bootstrap intervals are too narrow (Agarwal et al. 2021)
 FIRST_LOOK, FULL = (2, 80_000), (10, 100_000)
-#: Evaluations during training
+#: Number of evaluations during training
 EVALUATIONS = 20
 PROGRAM = "python -m sb3_ppo_penalty compare"
-#: Of an algorithm or of a variant of one
+#: Matches the name of an algorithm or of a variant
 ALGORITHM_PATTERN = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
 EPILOG = f"""\
 settings:
@@ -243,7 +243,7 @@ def load_backend(name: str) -> "Backend":
     :param name: :data:`LOCAL` or :data:`RAY`
     :return: its function that performs runs
     """
-    # Not at the top: Ray is optional, and takes a second
+    # Imported here, because Ray is optional and takes a second to import
     if name == RAY:
         from sb3_ppo_penalty.study import ray_backend
 
@@ -269,7 +269,7 @@ def compare(comparison: "Comparison", n_jobs: int, backend: str = LOCAL) -> int:
     before = sources(comparison.runs, comparison.out)
     say(f"{len(comparison.runs)} runs, {len(before)} of them finished before, in {comparison.out}")
     warning = source_warning(before)
-    # Where nothing is left to do, the caveats say so at once
+    # Where nothing is left to perform, the report's warnings come at once
     if warning and len(before) < len(comparison.runs):
         say(f"Warning: {warning}")
     errors = execute(comparison.runs, comparison.out, n_jobs, load_backend(backend))
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = build_comparison(arguments, shlex.join([*PROGRAM.split(), *words]))
     except ValueError as error:
         parser.error(str(error))
-    # Not at the top: it takes what may have been missing
+    # Imported here, because it imports modules that may be missing
     from sb3_ppo_penalty.study.execution import BackendError
 
     try:

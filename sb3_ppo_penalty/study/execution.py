@@ -15,10 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from sb3_ppo_penalty.study.grid import Run
 from sb3_ppo_penalty.study.run import STEPS, perform
 
-#: Folders in the comparison's own
+#: Folders inside the comparison's folder
 RUNS, FAILURES = "runs", "failures"
 LOG = "log.txt"
-#: Seconds between two looks at how far the runs are: at a terminal, and where every look leaves a line behind
+#: Seconds between two updates of the progress bar, at a terminal and in a log file, where each update adds a line
 REFRESH, REFRESH_LOG = 0.5, 30.0
 
 
@@ -38,8 +38,8 @@ class BackendError(RuntimeError):
     """Raised when the machines that should perform the runs cannot be reached."""
 
 
-#: Where runs are performed: given those that remain, the comparison's folder, and how many at a time (-1: as many as there are
-#: cores), it leaves a folder for each that finishes and gives each one's outcome as soon as it has one
+#: Performs runs. Takes the runs, the comparison's folder and the number of runs at a time (-1 for as many as there are cores);
+#: yields the outcome of each run as soon as it ends, and leaves a folder for each that finished
 Backend = Callable[[list[Run], Path, int], Iterator[Outcome]]
 
 
@@ -49,7 +49,7 @@ def is_finished(run: Run, out: Path) -> bool:
 
     :param run: a run of the comparison
     :param out: the comparison's folder
-    :return: whether its folder is there: it gets its name when all is in it
+    :return: whether the folder is there
     """
     return (out / RUNS / run.name).is_dir()
 
@@ -81,7 +81,7 @@ def attempt(run: Run, out: Path, parent_pid: int) -> Outcome:
         with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
             perform(run, folder, parent_pid if parent_pid != os.getpid() else None)
         os.replace(log, folder / LOG)
-        if not final.exists():  # a run that is finished is never overwritten
+        if not final.exists():  # another process may have finished the run, which is never overwritten
             os.rename(folder, final)
     except Exception:
         return Outcome(run.name, traceback.format_exc())
@@ -107,7 +107,7 @@ def execute(runs: Iterable[Run], out: Path, n_jobs: int, backend: Backend) -> di
     runs = list(runs)
     remaining = [run for run in runs if not is_finished(run, out)]
     errors = {}
-    # (a cluster need not be there where nothing remains to be done)
+    # Where nothing remains to be done, no cluster need be reachable
     outcomes: Iterable[Outcome] = backend(remaining, out, n_jobs) if remaining else ()
     with progress_bar(runs, out) as bar:
         for outcome in outcomes:
@@ -138,7 +138,7 @@ def _steps_under_way(out: Path) -> int:
     """
     steps = 0
     for folder in unfinished_folders(out):
-        with suppress(FileNotFoundError, NotADirectoryError):  # not begun, ended between two looks, or a log
+        with suppress(FileNotFoundError, NotADirectoryError):  # not begun, ended in the meantime, or a log
             steps += int((folder / STEPS).read_text())
     return steps
 

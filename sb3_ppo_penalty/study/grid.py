@@ -24,22 +24,22 @@ from sb3_ppo_penalty import ARTICLE_RECIPE, zoo
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, TUNED_ALGORITHMS, base_algorithm
 from sb3_ppo_penalty.study.references import OPTIMA
 
-#: The tutorial's batch, which the article's recipe fills up to whole episodes
+#: Batch of the tutorial that the article follows; enlarged to whole episodes
 ARTICLE_BATCH = 2048
-#: AlgorithmSettings that make the objective; every other one is the policy's, the critic's or the optimizer's
+#: Hyperparameters of the policy's objective; all others concern the policy, the critic or the optimizer
 OBJECTIVE_SETTINGS = {
     *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
     *("kl_controller", "kl_penalty", "guard"),
     *("cg_max_steps", "cg_damping", "line_search_shrinking_factor", "line_search_max_iter"),
     *("n_critic_updates", "sub_sampling_factor"),
 }
-#: Seed of the first evaluation episode; the k-th has this plus k. Far from the training environments' seeds, and chosen so
-#: that on Pendulum-v1 the best possible mean over the first 50 starts, and over the first 1,000, is within 0.3 of the one over
-#: all starts (dynamic programming): a gap to the optimum is then no luck with the starts
+#: Seed of the first evaluation episode; the k-th has this plus k. Far from the seeds of the training environments. On
+#: Pendulum-v1 the best possible mean return over the first 50 of these starts, and over the first 1,000, is within 0.3 of that
+#: over all starts (dynamic programming), so that a gap to the optimum is not due to the choice of starts
 EVALUATION_SEED = 1_036_000
-#: Environments side by side in an evaluation, and episodes of each evaluation during training
+#: Number of parallel environments of an evaluation, and of episodes of each evaluation during training
 EVALUATION_ENVS = 50
-#: Whose versions decide a result, where they are installed
+#: Packages whose versions decide a result, where they are installed
 RECORDED_PACKAGES = (
     *("sb3-ppo-penalty", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "torch", "numpy"),
     *("mujoco", "box2d", "ale-py"),

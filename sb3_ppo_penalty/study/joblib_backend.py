@@ -11,7 +11,7 @@ from joblib import Parallel, delayed, parallel_config  # type: ignore[import-unt
 from sb3_ppo_penalty.study.execution import Outcome, attempt, is_finished, remove_unfinished, unfinished_folders
 from sb3_ppo_penalty.study.grid import Run
 
-#: Seconds after which a process without work ends, also when the one that gave it work is gone
+#: Seconds after which an idle worker process ends, also when the process that started it has ended
 IDLE_TIMEOUT = 30
 
 
@@ -43,7 +43,7 @@ def _until_a_process_dies(remaining: dict[str, Run], out: Path, n_jobs: int) -> 
             del remaining[outcome.name]
             yield outcome
     except BrokenProcessPool:
-        # It took the other processes with it. What was under way goes one by one: only the run at fault fails again
+        # joblib has ended all workers with it. The runs under way are repeated one by one: only the run at fault fails again
         suspects = [name for name in remaining if unfinished_folders(out, name)]
         remove_unfinished(out)
         if not suspects:
@@ -63,7 +63,7 @@ def _run_alone(run: Run, out: Path) -> Outcome:
     if is_finished(run, out):
         return Outcome(run.name, "")
     try:
-        return next(iter(_run_in_processes([run], out, n_jobs=2)))  # with one job joblib would stay in this process
+        return next(iter(_run_in_processes([run], out, n_jobs=2)))  # with one job joblib would start no process
     except BrokenProcessPool:
         remove_unfinished(out)
         return Outcome(run.name, f"its process died: {traceback.format_exc(limit=0)}")

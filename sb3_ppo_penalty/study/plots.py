@@ -19,9 +19,9 @@ from sb3_ppo_penalty.study.results import Results, curves_of, summary, updates_o
 from sb3_ppo_penalty.study.run import TOTAL_STEPS
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS, iqm, iqm_interval
 
-#: Colour and marker
+#: Colour and marker of an algorithm
 LineStyle = tuple[str, str]
-#: Okabe and Ito's palette, which colour-blind people can tell apart; a marker for who prints without colours
+#: Okabe and Ito's palette, which colour-blind people can tell apart; the markers are for prints without colour
 LINE_STYLES = {
     "ppo_penalty": ("#0072B2", "o"),
     "ppo_clip": ("#E69F00", "s"),
@@ -29,7 +29,7 @@ LINE_STYLES = {
     "trpo": ("#009E73", "D"),
     "ppo_article": ("#CC79A7", "v"),
 }
-#: For variants of an algorithm: the palette's other colours, and greys
+#: Styles of the variants
 VARIANT_COLORS = ("#56B4E9", "#882255", "#000000", "#999999", "#8B5A2B", "#5D3A9B")
 VARIANT_MARKERS = ("P", "X", "<", ">", "h", "*", "p")
 STYLE: Any = {
@@ -43,16 +43,16 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    # What is measured must be what is written
+    # Labels are measured before the figure is saved, so both must use the same resolution
     "figure.dpi": 200,
     "savefig.dpi": "figure",
 }
-#: Divergences by what is logged, exact ones first: (column, how it was measured)
+#: Columns that hold a KL, exact ones first, and how each is measured
 DIVERGENCES = (("train/kl", "exact"), ("train/approx_kl", "SB3's estimate"), ("train/kl_divergence_loss", "TRPO's own"))
 WIDTH = 7.2
-#: Columns of a legend, where they fit
+#: Largest number of columns of a legend
 LEGEND_COLUMNS = 4
-#: Characters of a name on one line, and inches that a line of a name takes
+#: Largest number of characters on a line of a name, and height of a line in inches
 NAME_WIDTH, LINE_HEIGHT = 22, 0.15
 
 
@@ -142,7 +142,7 @@ def separate_ticks(figure: Figure) -> None:
     """
     crowded = figure.axes
     for n_intervals in (6, 5, 4, 3, 2, 1):
-        # Matplotlib's own choice takes three characters for the width of every label
+        # Matplotlib's own choice of ticks assumes labels of three characters
         for axes in crowded:
             axes.xaxis.set_major_locator(MaxNLocator(n_intervals, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
         figure.draw_without_rendering()
@@ -307,7 +307,7 @@ def close_up_limits(curves: Sequence[np.ndarray[Any, Any]], optimum: float | Non
     ends = [curve[-max(len(curve) // 3, 1) :] for curve in curves]
     top, bottom = float(max(end.max() for end in ends)), float(np.median([end.min() for end in ends]))
     lowest, highest = float(min(curve.min() for curve in curves)), float(max(curve.max() for curve in curves))
-    # Curves that have met, or that never move, leave no height of their own
+    # A minimum height, for curves that have met or never move
     height = max(top - bottom, 0.02 * (highest - lowest), 0.01 * abs(top), 0.01)
     if optimum is not None and 0 <= optimum - top <= height:
         top = highest = max(highest, optimum)

@@ -19,9 +19,9 @@ from ray.exceptions import RayError
 from sb3_ppo_penalty.study.execution import RUNS, BackendError, Outcome, attempt
 from sb3_ppo_penalty.study.grid import Run, installed_versions
 
-#: A run's folder on its way: content by file name, relative to the folder
+#: Contents of a run's folder by file name, relative to the folder
 RunFiles = dict[str, bytes]
-#: What comes back from a node
+#: Result of a run's task: the outcome, and the files of a finished run
 NodeResult = tuple[Outcome, RunFiles]
 
 
@@ -48,7 +48,7 @@ def _connect() -> None:
 
     :raises BackendError: if there is none
     """
-    # Seconds. Where nobody answers, Ray would else try for a quarter of an hour
+    # In seconds; where no cluster answers, Ray would try for a quarter of an hour by default
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -107,7 +107,7 @@ def _submit(run: Run) -> "ray.ObjectRef[NodeResult]":
     :param run: the run to perform
     :return: a reference to its result
     """
-    # A run whose worker dies has failed: Ray would try it again in silence, and take worker after worker down with it
+    # No retries: a run that ends its worker would otherwise end one worker after the other, without a message
     task = ray.remote(perform_on_node).options(name=run.name, num_cpus=1, num_gpus=_gpus_needed(run), max_retries=0)
     return task.remote(run)
 

@@ -18,7 +18,7 @@ from sb3_ppo_penalty.study.references import ARTICLE_ITERATIONS, ARTICLE_RETURN,
 from sb3_ppo_penalty.study.results import Results, summary
 from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
-#: In a cell that has nothing to say
+#: Stands in a cell without a value
 NO_VALUE = "\N{EN DASH}"
 REPORT, TABLE = "report.md", "results.csv"
 ARTICLE_TEXT = f"""\
@@ -67,7 +67,7 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     :param rows: cells of each row
     :return: the table
     """
-    texts = [String] * len(headers)  # else it reads numbers in the cells and writes them its own way
+    texts = [String] * len(headers)  # otherwise the writer parses numbers and formats them anew
     values = [list(row) for row in rows]
     return str(MarkdownTableWriter(headers=list(headers), value_matrix=values, type_hints=texts, margin=1).dumps())
 

@@ -21,10 +21,10 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base_algorithm
 from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Run, prepare, source_digest
 
-#: Files in a run's folder
+#: Names of the files in a run's folder
 SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
 PROGRESS, EVALUATIONS, FINAL_EVALUATION = "progress.csv", "evaluations.npz", "final_evaluation.npz"
-#: What a rollout's finished episodes returned on average: the article's own measure
+#: Mean return of the episodes that ended in a rollout, which is the article's measure, and their number
 BATCH_RETURN, BATCH_EPISODES = "rollout/batch_return", "rollout/batch_episodes"
 TOTAL_STEPS = "time/total_timesteps"
 
@@ -56,7 +56,7 @@ class Experiment(ExperimentManager):
         )
         self.save_path = self.params_path = str(folder)
         self.given = run.hyperparams
-        # RL Zoo itself leaves an entry's `env_kwargs` out of the evaluation
+        # RL Zoo does not pass an entry's `env_kwargs` to the evaluation environments
         self.eval_env_kwargs = run.hyperparams.get("env_kwargs", {})
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:

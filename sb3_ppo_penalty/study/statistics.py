@@ -10,10 +10,10 @@ from scipy.stats import bootstrap, mannwhitneyu, trim_mean  # type: ignore[impor
 
 Array = npt.NDArray[np.float64]
 
-#: Resamples of the seeds behind every interval
+#: Number of bootstrap resamples of the seeds behind every interval
 RESAMPLES = 5000
 CONFIDENCE = 0.95
-#: Fewer say nothing of the spread: of one seed there is none, and two seeds' interval is the two seeds themselves
+#: Fewest seeds that get an interval: one seed has no spread, and the interval of two would be the two values
 MIN_SEEDS = 3
 
 
@@ -63,7 +63,7 @@ def probability_of_improvement(values: npt.ArrayLike, baseline: npt.ArrayLike, a
     :return: between 0 and 1
     """
     x, y = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    # "asymptotic" concerns the p-value, which nobody reads, and is the cheap way to it
+    # The p-value is not used, and "asymptotic" is its cheapest method
     return mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (x.shape[axis] * y.shape[axis])
 
 

@@ -56,7 +56,7 @@ class BatchedVecEnv(VecEnv):
         self.mode = _autoreset_mode(self.env)
         self.keys, _, self.dtypes = obs_space_info(env.single_observation_space)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        # VecMonitor writes its name into its files; EnvPool's is of another kind
+        # VecMonitor writes the spec's id into its files; EnvPool's spec is of another class
         self.spec = env.spec if isinstance(env.spec, EnvSpec) else None
 
     def step_async(self, actions: Array) -> None:
@@ -134,7 +134,7 @@ class BatchedVecEnv(VecEnv):
             last, finals = batch.get("final_obs"), _split_infos(batch.get("final_info", {}), self.num_envs)
             require(last is not None, "env", self.env, "one that gives the last observation of an episode as `final_obs`")
             for place in ended:
-                # What was put beside the reset's own infos is of the episode (gymnasium's RecordEpisodeStatistics)
+                # These infos are the reset's, except `episode`, in which RecordEpisodeStatistics describes the last episode
                 finished = {key: infos[place].pop(key) for key in {"episode"} & set(infos[place])}
                 self.reset_infos[place], infos[place] = infos[place], {**finished, **finals[place]}
                 infos[place]["terminal_observation"] = deepcopy(_observation_at(last, place))
@@ -154,7 +154,7 @@ class BatchedVecEnv(VecEnv):
         """
         observations, batch = self.env.reset(options={"reset_mask": dones.copy()})
         fresh = self._copy_observations(observations)
-        count = len(fresh[self.keys[0]])  # of all environments, or (EnvPool) of those that were reset
+        count = len(fresh[self.keys[0]])  # all environments, or with EnvPool only those that were reset
         for key, values in fresh.items():
             if count == self.num_envs:
                 kept, before = values[~dones], rows[key][~dones]
@@ -300,7 +300,7 @@ class BatchedVecEnv(VecEnv):
         require(sorted(places) == list(range(self.num_envs)), "indices", places, allowed)
 
 
-class ResettableCartPole(VectorWrapper):  # without types, which it takes from gymnasium 1.1 on
+class ResettableCartPole(VectorWrapper):  # VectorWrapper takes type arguments only from gymnasium 1.1 on
     """
     Let gymnasium's batched CartPole reset some of its environments at once.
 
@@ -394,7 +394,7 @@ def _split_values(values: Any, count: int) -> list[Any]:
         return _split_infos(values, count)
     if np.shape(values)[:1] != (count,):
         return [deepcopy(values) for _ in range(count)]
-    rows = deepcopy(np.asarray(values))  # objects too
+    rows = deepcopy(np.asarray(values))  # an array of objects, too
     return rows.tolist() if rows.ndim == 1 else list(rows)
 
 

@@ -17,9 +17,9 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 from sb3_ppo_penalty.vec_envs.running import clip_magnitude, standardize, update, update_by_number
 
 Array = npt.NDArray[Any]
-#: From 2 on, numpy divides single precision by a double in double precision
+#: numpy 2 divides single precision by a double in double precision, numpy 1 does not
 NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
-#: What nobody can change needs no copy
+#: Types whose values cannot change and need no copy
 IMMUTABLE_TYPES = frozenset(
     {bool, int, float, complex, str, bytes, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64}
 )

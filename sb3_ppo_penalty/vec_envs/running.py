@@ -8,7 +8,7 @@ import numpy.typing as npt
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 Array = npt.NDArray[Any]
-#: numpy sums smaller floats and integers in a wider type than their own
+#: Types that numpy sums in their own precision; smaller floats and integers it sums in a wider type
 FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.float32))
 
 
@@ -49,7 +49,7 @@ def update_by_number(statistics: RunningMeanStd, number: float) -> None:
     old, mean, total = statistics.count, float(statistics.mean), statistics.count + 1
     delta = number - mean
     second = float(statistics.var) * old + (number - number) + delta * delta * old / total
-    statistics.mean = np.float64(mean + delta / total)  # type: ignore[assignment]  # what SB3 has after its first update
+    statistics.mean = np.float64(mean + delta / total)  # type: ignore[assignment]  # the type that SB3 has after its first update
     statistics.var = np.float64(second / total)  # type: ignore[assignment]
     statistics.count = total
 

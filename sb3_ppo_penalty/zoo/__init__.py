@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-#: A YAML file for each algorithm, named after it, in RL Zoo's format
+#: Folder with a YAML file for each algorithm, named after it, in RL Zoo's format
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
-#: What RL Zoo's commands import; it does not declare the last two
+#: Modules that RL Zoo's commands import; RL Zoo does not declare the last two as dependencies
 REQUIRED = ("rl_zoo3", "requests", "pandas")
 
 
@@ -36,7 +36,7 @@ def register() -> None:
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         raise MissingExtraError("RL Zoo", *missing)
-    # Not at the top: RL Zoo is optional, and takes a second
+    # Imported here, because RL Zoo is optional and takes a second to import
     from sb3_ppo_penalty.zoo import registration
 
     registration.register()

@@ -12,7 +12,7 @@ from typing import Any
 
 from sb3_ppo_penalty import ARTICLE_RECIPE
 
-#: RL Zoo's format. 220,000 steps are 100 of the recipe's batches
+#: Entries in RL Zoo's format; 220,000 steps are 100 of the recipe's batches
 hyperparams: dict[str, dict[str, Any]] = {
     "Pendulum-v1": {"n_envs": 1, "n_timesteps": 220_000, "policy": "MlpPolicy", **deepcopy(ARTICLE_RECIPE)}
 }

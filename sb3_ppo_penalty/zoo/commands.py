@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: RL Zoo's modules that hold a function of the same name
+#: RL Zoo's modules that have a function of the same name
 FUNCTIONS = ("train", "enjoy")
 #: RL Zoo's modules that are scripts
 SCRIPTS = ("benchmark", "record_video", "record_training")
-#: What these scripts start, and which command of ours it is
+#: First words of the commands that these scripts start -> this package's command that does the same
 CHILD_COMMANDS = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
 
 

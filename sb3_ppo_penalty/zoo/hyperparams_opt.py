@@ -7,9 +7,9 @@ from typing import Any
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
-#: PPOPenalty's default: a file's narrower bounds are those of its own coefficient, and would refuse a trial's
+#: PPOPenalty's default bounds; those of a hyperparameter file may be too narrow for the coefficient that a trial draws
 KL_COEF_BOUNDS = (0.001, 1000.0)
-#: (trial, number of action dimensions or 0, number of environments, what RL Zoo adds for HER) -> keyword arguments
+#: (trial, number of action dimensions or 0, number of environments, RL Zoo's additional arguments) -> keyword arguments
 Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 
 
@@ -40,7 +40,7 @@ def _sample_shared(trial: optuna.Trial, n_actions: int) -> dict[str, Any]:
     if n_actions:
         params["exploration"] = trial.suggest_categorical("exploration", ["fixed", "learned", "gsde"])
         params["covariance"] = trial.suggest_float("covariance", 0.01, 2, log=True)
-    # What the powers and differences stand for, to be read in the study
+    # The hyperparameters themselves, for readers of the Optuna study
     for name in ("batch_size", "n_steps"):
         trial.set_user_attr(name, 2 ** params[f"{name}_pow"])
     for name in ("gamma", "gae_lambda"):
@@ -79,7 +79,7 @@ def sample_ppo_penalty(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     params["target_kl"] = trial.suggest_float("target_kl", 0.002, 0.1, log=True)
     params["kl_coef"] = trial.suggest_float("kl_coef", 0.03, 30, log=True)
     params["kl_coef_factor"] = trial.suggest_categorical("kl_coef_factor", [1.5, 2.0])
-    # A hyperparameter file may have a clip range, which a trial without one must take away
+    # None overrides the clip range that a hyperparameter file may have
     return {"clip_range": None, **convert(params)}
 
 
@@ -94,7 +94,7 @@ def convert(params: dict[str, Any]) -> dict[str, Any]:
     if "kl_coef" in params:
         params.setdefault("kl_coef_bounds", KL_COEF_BOUNDS)
     exploration, covariance = params.pop("exploration", None), params.pop("covariance", None)
-    # RL Zoo makes schedules of clip ranges and knows none that is None
+    # RL Zoo's conversion makes a schedule of the clip range, which fails for None
     if params["clip_range"] is None:
         del params["clip_range"]
     hyperparams: dict[str, Any] = convert_onpolicy_params(params)

@@ -17,7 +17,7 @@ from sb3_ppo_penalty.zoo import HYPERPARAMS
 from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo_penalty": PPOPenalty, "ppo_clip": PPOClip}
-#: How Optuna draws each algorithm's hyperparameters
+#: Functions that draw an algorithm's hyperparameters for an Optuna trial
 SAMPLERS: dict[str, Sampler] = {"ppo_penalty": sample_ppo_penalty, "ppo_clip": sample_ppo_clip}
 
 
@@ -65,12 +65,12 @@ class Manager(ExperimentManager):
 
 def register() -> None:
     """Fill RL Zoo's tables; to be called through :func:`sb3_ppo_penalty.zoo.register`."""
-    samplers: dict[str, Any] = HYPERPARAMS_SAMPLER  # whose inferred types hold RL Zoo's own functions only
+    samplers: dict[str, Any] = HYPERPARAMS_SAMPLER  # mypy infers a type that only RL Zoo's own functions have
     converters: dict[str, Any] = HYPERPARAMS_CONVERTER
     ALGOS.update(ALGORITHMS)
     samplers.update(SAMPLERS)
     converters.update(dict.fromkeys(ALGORITHMS, convert))
-    # `train` has its own reference; who imports the manager later takes the first
+    # `rl_zoo3.train` has imported the class already; later imports take it from `exp_manager`
     modules: list[Any] = [rl_zoo3.exp_manager, rl_zoo3.train]
     for module in modules:
         module.ExperimentManager = Manager
