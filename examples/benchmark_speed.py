@@ -230,15 +230,10 @@ def scale_part(repetitions: int) -> list[dict[str, Any]]:
         kwargs = {"net_arch": [width, width]}
         rows += run_case("scale", f"width {width}", lambda: CheapEnv(4), repetitions, names, policy_kwargs=kwargs, **options)
     for action_dim in (1, 8, 64):
-        rows += run_case("scale", f"{action_dim} actions", lambda dim=action_dim: CheapEnv(dim), repetitions, names, **options)
-        CONTENDERS["PPOPenalty, full covariance"] = (
-            PPOPenalty,
-            {"policy_kwargs": {"covariance": np.eye(action_dim).tolist()}},
-        )
-        full = [*names[:1], "PPOPenalty, full covariance"]
-        rows += run_case("scale", f"{action_dim} actions", lambda dim=action_dim: CheapEnv(dim), repetitions, full, **options)[
-            1:
-        ]
+        full = {"policy_kwargs": {"covariance": np.eye(action_dim).tolist()}}
+        CONTENDERS["PPOPenalty, full covariance"] = PPOPenalty, full
+        chosen, env = [*names, "PPOPenalty, full covariance"], lambda dim=action_dim: CheapEnv(dim)
+        rows += run_case("scale", f"{action_dim} actions", env, repetitions, chosen, **options)
     return rows
 
 

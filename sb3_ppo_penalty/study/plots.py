@@ -183,16 +183,6 @@ def _format_steps(value: float, _: int) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
-def _format_number(value: float) -> str:
-    """
-    Write a number with the minus sign that matplotlib uses on axes.
-
-    :param value: the number
-    :return: part of a legend
-    """
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
-
-
 def _steps_axis(axes: Axes, limit: float) -> None:
     """
     Label a horizontal axis with environment steps.
@@ -242,23 +232,20 @@ def _plot_seeds(axes: Axes, frame: pd.DataFrame, style: LineStyle, label: str, s
         axes.fill_between(x, *iqm_interval(values, axis=1), color=color, alpha=0.18, linewidth=0)
 
 
-def _reference_lines(axes: Axes, comparison: Comparison, horizontal: bool = True) -> None:
+def _reference_line(line: Callable[..., Any], value: float | None, name: str, color: str, linestyle: str) -> None:
     """
-    Mark the best possible return where it is known.
+    Mark a return of reference where it is known.
 
-    :param axes: axes one of which is the return
-    :param comparison: the comparison
-    :param horizontal: whether the return is on the vertical axis
+    :param line: method of the axes that draws the line, ``axhline`` or ``axvline``
+    :param value: the return, None where it is not known
+    :param name: name in the legend
+    :param color: colour of the line
+    :param linestyle: style of the line
     """
-    if comparison.optimum is not None:
-        line = axes.axhline if horizontal else axes.axvline
-        line(
-            comparison.optimum,
-            color="black",
-            linewidth=0.9,
-            linestyle="--",
-            label=f"optimum {_format_number(comparison.optimum)}",
-        )
+    if value is not None:
+        # With the minus sign that matplotlib uses on axes
+        label = f"{name} {value:g}".replace("-", "\N{MINUS SIGN}")
+        line(value, color=color, linewidth=0.9, linestyle=linestyle, label=label)
 
 
 def learning_curves(comparison: Comparison, results: Results) -> Figure:
@@ -275,15 +262,8 @@ def learning_curves(comparison: Comparison, results: Results) -> Figure:
     for axes in (whole, close):
         for algo, style in line_styles(results.algos).items():
             _plot_seeds(axes, frames[algo], style, wrap(algo))
-        _reference_lines(axes, comparison)
-        if comparison.threshold is not None:
-            axes.axhline(
-                comparison.threshold,
-                color="gray",
-                linewidth=0.9,
-                linestyle=":",
-                label=f"threshold {_format_number(comparison.threshold)}",
-            )
+        _reference_line(axes.axhline, comparison.optimum, "optimum", "black", "--")
+        _reference_line(axes.axhline, comparison.threshold, "threshold", "gray", ":")
         _steps_axis(axes, max(comparison.task.n_timesteps, results.curves["steps"].max()))
     whole.set_ylabel("mean return of an evaluation")
     whole.set_title(comparison.task.env)
@@ -422,22 +402,14 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
         axes.use_sticky_edges = False
         for height, (algo, (color, _)) in enumerate(line_styles(results.algos).items()):
             row = figures.loc[algo]
-            if np.isfinite(row[f"{name}_low"]):
-                axes.barh(
-                    height,
-                    row[f"{name}_high"] - row[f"{name}_low"],
-                    left=row[f"{name}_low"],
-                    height=0.55,
-                    color=color,
-                    alpha=0.35,
-                )
+            low, high = row[f"{name}_low"], row[f"{name}_high"]
+            if np.isfinite(low):
+                axes.barh(height, high - low, left=low, height=0.55, color=color, alpha=0.35)
             axes.plot([row[name]] * 2, [height - 0.28, height + 0.28], color=color, linewidth=2)
             if name in results.runs:
                 seeds = results.runs.loc[results.runs["algo"] == algo, name]
-                axes.plot(
-                    seeds, [height] * len(seeds), "o", color=color, markersize=3, markeredgewidth=0.4, markeredgecolor="white"
-                )
-    _reference_lines(panels[0], comparison, horizontal=False)
+                axes.plot(seeds, [height] * len(seeds), "o", color=color, ms=3, mew=0.4, mec="white")
+    _reference_line(panels[0].axvline, comparison.optimum, "optimum", "black", "--")
     panels[0].set_yticks(range(len(figures)), names)
     panels[0].invert_yaxis()
     if compared:

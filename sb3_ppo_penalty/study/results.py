@@ -14,7 +14,6 @@ from sb3_ppo_penalty.study.grid import Run
 from sb3_ppo_penalty.study.run import BATCH_RETURN, EVALUATIONS, PROGRESS, RESULT, TOTAL_STEPS
 from sb3_ppo_penalty.study.statistics import (
     MIN_SEEDS,
-    Array,
     improvement_interval,
     iqm,
     iqm_interval,
@@ -41,15 +40,6 @@ class Results(NamedTuple):
     def algos(self) -> list[str]:
         """Algorithms that have a finished run, in the order of the comparison."""
         return list(dict.fromkeys(self.runs["algo"])) if len(self.runs) else []
-
-    def final_returns(self, algo: str) -> Array:
-        """
-        Return the final returns of an algorithm.
-
-        :param algo: name of the algorithm
-        :return: mean return of the evaluation after training, shape (seeds,)
-        """
-        return np.asarray(self.runs.loc[self.runs["algo"] == algo, "final_return"], dtype=np.float64)
 
 
 def read(runs: Iterable[Run], out: Path, threshold: float | None) -> Results:
@@ -204,7 +194,7 @@ def _summary_row(results: Results, algo: str, optimum: float | None) -> dict[str
     row["steps_to_threshold"] = iqm(runs["steps_to_threshold"])
     row["steps_per_second"] = iqm(runs["steps_per_second"])
     if algo != BASELINE and BASELINE in results.algos:
-        samples = results.final_returns(algo), results.final_returns(BASELINE)
+        samples = runs["final_return"], results.runs.loc[results.runs["algo"] == BASELINE, "final_return"]
         better = probability_of_improvement(*samples) if min(map(len, samples)) >= MIN_SEEDS else np.nan
         low, high = improvement_interval(*samples)
         row |= {"improvement": better, "improvement_low": low, "improvement_high": high}

@@ -1,6 +1,6 @@
 """Let SB3's algorithms train on gymnasium's vectorised environments: many environments stepped by one call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -343,24 +343,12 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> str:
         base: Any = env.unwrapped
         separate = isinstance(base, AsyncVectorEnv) and not base.shared_memory
         require(not separate, "env", env, "made with autoreset_mode SameStep, or with shared_memory")
-        counted = any(isinstance(layer, RecordEpisodeStatistics) for layer in _layers(env))
-        require(
-            not counted, "env", env, f"without RecordEpisodeStatistics, which counts wrongly in mode {mode}: use VecMonitor"
-        )
+        allowed = f"without RecordEpisodeStatistics, which counts wrongly in mode {mode}: use VecMonitor"
+        layer: Any = env
+        while isinstance(layer, VectorWrapper):
+            require(not isinstance(layer, RecordEpisodeStatistics), "env", env, allowed)
+            layer = layer.env
     return str(mode)
-
-
-def _layers(env: Any) -> Iterator[Any]:
-    """
-    Go through the wrappers of a batch from the outside in, and end with the batch itself.
-
-    :param env: the batch of environments
-    :return: the wrappers and the batch
-    """
-    while isinstance(env, VectorWrapper):
-        yield env
-        env = env.env
-    yield env
 
 
 def _split_infos(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-from sb3_ppo_penalty.vec_envs.running import clip_magnitude, standardize, update, update_by_number
+from sb3_ppo_penalty.vec_envs.running import clip_magnitude, constant_array, update, update_by_number
 
 Array = npt.NDArray[Any]
 #: numpy 2 divides single precision by a double in double precision, numpy 1 does not
@@ -143,7 +143,10 @@ class LeanVecNormalize(VecNormalize):
         :param obs_rms: running statistics of the observations
         :return: double precision, the shape of ``obs``
         """
-        return standardize(obs, obs_rms, self.epsilon, self.clip_obs)
+        scale = np.sqrt(obs_rms.var + constant_array(self.epsilon))
+        result: Array = obs - obs_rms.mean
+        result /= scale
+        return clip_magnitude(result, self.clip_obs)
 
     def normalize_obs(self, obs: Array | dict[str, Array]) -> Array | dict[str, Array]:
         """

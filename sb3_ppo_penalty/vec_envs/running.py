@@ -101,22 +101,6 @@ def _combine(statistics: RunningMeanStd, mean: Array, variance: Array, count: in
     statistics.mean, statistics.var, statistics.count = delta, second, total
 
 
-def standardize(values: Array, statistics: RunningMeanStd, epsilon: float, clip: float) -> Array:
-    """
-    Subtract the mean, divide by the standard deviation, and clip.
-
-    :param values: values to standardise, shape (..., shape of the statistics)
-    :param statistics: running mean and variance of the values
-    :param epsilon: added to the variance before the square root
-    :param clip: largest magnitude of the result
-    :return: double precision
-    """
-    scale = np.sqrt(statistics.var + constant_array(epsilon))
-    result: Array = values - statistics.mean
-    result /= scale
-    return clip_magnitude(result, clip)
-
-
 def clip_magnitude(values: Array, limit: float) -> Array:
     """
     Clip to a magnitude as ``numpy.clip`` does.
