@@ -1,4 +1,4 @@
-"""The compiled step: the same weights as the eager one, SB3's own files, and a plain word where it cannot be had."""
+"""The compiled step trains the same weights as the eager one, saves SB3's own files, and says so where it cannot be had."""
 
 import copy
 import pickle
@@ -18,8 +18,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
-from sb3_ppo_penalty.compiled.compiler import AdamOptions, adam_step
-from sb3_ppo_penalty.compiled.worker import ApartError, Workshop, answer
+from sb3_ppo_penalty.compiled.step import AdamOptions, adam_step
+from sb3_ppo_penalty.compiled.worker import CompileWorker, CompileWorkerError, answer
 from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES
 
 SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
@@ -27,11 +27,11 @@ TINY = {"net_arch": [16]}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workshop():
-    """One process compiles for all these tests: it takes seconds to start."""
-    shared = Workshop()
+def worker():
+    """Share one compiling process between all tests, because it takes seconds to start."""
+    shared = CompileWorker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "Workshop", lambda: shared)
+        patch.setattr(room, "CompileWorker", lambda: shared)
         patch.setattr(shared, "close", lambda: None)
         yield shared
     shared.close()
@@ -39,14 +39,14 @@ def workshop():
 
 @pytest.fixture
 def compiled_here(monkeypatch) -> list[str]:
-    """What is compiled in the training process after all."""
-    seen, original = [], room.compiled
+    """Record what is compiled in the training process instead of the worker."""
+    seen, original = [], room.compile_here
 
-    def watched(traced, examples):
+    def watched(program):
         seen.append("here")
-        return original(traced, examples)
+        return original(program)
 
-    monkeypatch.setattr(room, "compiled", watched)
+    monkeypatch.setattr(room, "compile_here", watched)
     return seen
 
 
@@ -60,7 +60,7 @@ def trained(model, updates: int = 3):
 
 
 def distance(model, other) -> float:
-    """The largest difference of a weight, relative to the largest weight of its tensor."""
+    """Return the largest difference of a weight, relative to the largest weight of its tensor."""
     pairs = zip(model.policy.parameters(), other.policy.parameters(), strict=True)
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
 
@@ -119,7 +119,7 @@ def test_equals_the_eager_step(case: str, compiled_here) -> None:
 
 
 def test_files_know_nothing_of_it(tmp_path) -> None:
-    """Saved from either, loaded into either, and into stock PPO: training goes on as if nothing had happened."""
+    """Files of an eager and a compiled model can be loaded into either, and into stock PPO, and train on alike."""
     options = {"policy": ActorCriticPolicy}
     eager, compiled = (trained(made(PPOClip, compile, **options)) for compile in (False, True))
     for model, name in ((eager, "eager"), (compiled, "compiled")):
@@ -140,7 +140,7 @@ def test_files_know_nothing_of_it(tmp_path) -> None:
 
 
 class Undecided(FlattenExtractor):
-    """Looks at the data to know what to do, which no graph can hold."""
+    """Branches on the data, which no graph can do."""
 
     def forward(self, observations):
         features = super().forward(observations)
@@ -204,7 +204,7 @@ def test_a_failed_compiled_update_is_undone() -> None:
 
 
 def test_the_guard_leaves_the_compiled_policy_where_it_leaves_the_eager_one() -> None:
-    """Taken back to the second of six epochs; the critic's own graph makes the others. The next update is one more like it."""
+    """The guard goes back to the second of six epochs, after which a second graph trains the critic alone."""
     options = {"n_epochs": 6, "learning_rate": 5e-3, "target_kl": 0.001, "guard": "rollback", "max_grad_norm": float("inf")}
     eager, compiled = (trained(made(PPOPenalty, compile, **options), 1) for compile in (False, True))
     epochs = [model.logger.name_to_value["train/guard_epochs"] for model in (eager, compiled)]
@@ -224,7 +224,7 @@ def test_the_guard_leaves_the_compiled_policy_where_it_leaves_the_eager_one() ->
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", "Reacher-v5"])
 def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> None:
-    """The same actions from the same random numbers; copies of the policy and what it does elsewhere know no graph."""
+    """Actions and random numbers are the eager policy's, and copies of the policy have no graph."""
     seen = []
 
     class Watch(BaseCallback):
@@ -254,12 +254,12 @@ def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> Non
 
 
 def test_the_training_process_does_without_the_compiler() -> None:
-    """Which would take 90 MB of it; the process that compiled is gone after the first update."""
+    """No compiler, which takes 90 MB, is imported here, and the compiling process ends with the first update."""
     options = {**SMALL, "policy_kwargs": TINY}
     code = (
         "import sys; from sb3_ppo_penalty import PPOPenalty; "
         f"model = PPOPenalty('MlpPolicy', 'Pendulum-v1', compile=True, **{options!r}).learn(48); "
-        "print(len(model._compiler.graphs), len(model._compiler.actors), model._compiler.workshop.process, "
+        "print(len(model._compiler.graphs), len(model._compiler.actors), model._compiler.worker.process, "
         # torch.optim brings the front of the compiler into every process, stock PPO's too
         "*[name for name in ('torch._inductor.compile_fx', 'torch._inductor.graph') if name in sys.modules])"
     )
@@ -268,7 +268,7 @@ def test_the_training_process_does_without_the_compiler() -> None:
 
 
 class Reluctant(FlattenExtractor):
-    """Cannot be pickled, and so not be sent."""
+    """Cannot be pickled, so it cannot be sent to the worker."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -298,12 +298,12 @@ def test_a_process_that_cannot_be_started_or_understood_is_no_harm(monkeypatch) 
         assert not worked
         assert "Error: " in why
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(ApartError, match="FileNotFoundError"):
-        Workshop()(len, th.nn.Identity())
+    with pytest.raises(CompileWorkerError, match="FileNotFoundError"):
+        CompileWorker()(None)
     monkeypatch.undo()
-    short_lived = Workshop()
+    short_lived = CompileWorker()
     monkeypatch.setattr("sb3_ppo_penalty.compiled.worker.SERVE", "{path!r}")
-    with pytest.raises(ApartError, match=r"EOFError|BrokenPipeError"):
-        short_lived(len, th.nn.Identity())
+    with pytest.raises(CompileWorkerError, match=r"EOFError|BrokenPipeError"):
+        short_lived(None)
     short_lived.close()
     assert short_lived.process is None

@@ -1,4 +1,4 @@
-"""The compiled step does what the eager one does or is not taken: whatever the optimizer holds, and whatever a policy does."""
+"""The compiled step does what the eager one does, or is not used, for any optimizer and any policy."""
 
 import contextlib
 import copy
@@ -18,9 +18,11 @@ from torch import nn
 
 from sb3_ppo_penalty import MlpPolicy, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
-from sb3_ppo_penalty.compiled.compiler import AdamOptions, Inputs, _Loss, draw_step, is_right_step, kept
+from sb3_ppo_penalty.compiled.compiler import copy_outputs
 from sb3_ppo_penalty.compiled.module_state import module_state
-from sb3_ppo_penalty.compiled.worker import Workshop
+from sb3_ppo_penalty.compiled.step import AdamOptions, LossModule, StepInputs
+from sb3_ppo_penalty.compiled.trace import StepProgram, trace
+from sb3_ppo_penalty.compiled.worker import CompileWorker
 from sb3_ppo_penalty.distributed.team import session
 
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
@@ -28,11 +30,11 @@ TINY = {"net_arch": [8]}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workshop():
-    """One process compiles for all these tests: it takes seconds to start."""
-    shared = Workshop()
+def worker():
+    """Share one compiling process between all tests, because it takes seconds to start."""
+    shared = CompileWorker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "Workshop", lambda: shared)
+        patch.setattr(room, "CompileWorker", lambda: shared)
         patch.setattr(shared, "close", lambda: None)
         yield shared
     shared.close()
@@ -43,13 +45,13 @@ def made(algorithm=PPOPenalty, compile: bool = False, policy="MlpPolicy", **opti
 
 
 def trained_on(model):
-    """One more rollout and update; the random generators are the process's, and start anew."""
+    """Train for one more rollout, with the process's random generators seeded again."""
     model.set_random_seed(1)
     return model.learn(model.n_steps, reset_num_timesteps=False)
 
 
 def distance(model, other) -> float:
-    """The largest difference of a weight or a buffer, relative to the largest entry of its tensor."""
+    """Return the largest difference of a weight or a buffer, relative to the largest entry of its tensor."""
     names = model.policy.state_dict()
     pairs = ((names[name], other.policy.state_dict()[name]) for name in names)
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
@@ -59,7 +61,7 @@ def distance(model, other) -> float:
 
 
 class Heads(MlpPolicy):
-    """Trains its last layers alone."""
+    """Trains only its last layers."""
 
     def _build(self, lr_schedule) -> None:
         super()._build(lr_schedule)
@@ -68,7 +70,7 @@ class Heads(MlpPolicy):
 
 
 class ActorOnly(MlpPolicy):
-    """Trains its actor alone."""
+    """Trains only its actor."""
 
     def _build(self, lr_schedule) -> None:
         super()._build(lr_schedule)
@@ -77,7 +79,7 @@ class ActorOnly(MlpPolicy):
 
 
 class CriticOnly(MlpPolicy):
-    """Trains its critic alone."""
+    """Trains only its critic."""
 
     def _build(self, lr_schedule) -> None:
         super()._build(lr_schedule)
@@ -202,7 +204,7 @@ def test_an_optimizer_that_no_graph_follows_is_left_to_itself(optimizer, reason:
 
 
 def test_gradients_of_weights_outside_the_policy_do_not_pile_up() -> None:
-    """As stock PPO has it, whose ``zero_grad`` is the optimizer's."""
+    """Weights that only the optimizer holds get a new gradient at each step, as in stock PPO."""
 
     class Scaled(FlattenExtractor):
         """Uses a weight that no module has registered."""
@@ -225,7 +227,7 @@ def test_gradients_of_weights_outside_the_policy_do_not_pile_up() -> None:
 
 
 class Lab(FlattenExtractor):
-    """Has one of everything that an extractor may use."""
+    """Has one of each thing that an extractor may use."""
 
     factor = 1.0
 
@@ -399,7 +401,7 @@ SCALE = [1.0]
 
 
 class Reader(FlattenExtractor):
-    """Reads numbers from all over the place."""
+    """Reads numbers from an attribute, its class, a global and another class."""
 
     factor = 1.0
 
@@ -413,14 +415,14 @@ class Reader(FlattenExtractor):
 
 
 class Hidden:
-    """Where no analysis of the code looks."""
+    """Holds a number where the analysis of the extractor's code does not look."""
 
     value = 1.0
 
 
 @pytest.fixture
 def fresh():
-    """What the tests change of the module, as it was."""
+    """Reset what the tests change in this module."""
     yield
     Reader.factor, SCALE[0], Hidden.value = 1.0, 1.0, 1.0
 
@@ -480,7 +482,7 @@ def test_what_a_graph_has_read_is_read_again(change, fresh) -> None:
 
 
 class Restless(BaseCallback):
-    """Changes what the policy reads, before every rollout."""
+    """Changes a number that the policy reads, before every rollout."""
 
     def _on_rollout_start(self) -> None:
         self.model.policy.features_extractor.scale *= 0.99
@@ -531,19 +533,19 @@ WRONG = {
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 def test_the_check_sees_each_term_by_itself(activation) -> None:
-    """At the old policy, ratio 1 and divergence 0, a penalty of 50 times the size could not be told from the right one."""
+    """A wrong term of the loss is found, also one that vanishes at the old policy, where the KL divergence is 0."""
     options = {**EVERYTHING, "policy_kwargs": {**EVERYTHING["policy_kwargs"], "activation_fn": activation}}
     model = made(**options).learn(64)
     rollout, given = model._freeze_rollout(), model._settings()
     batch = next(rollout.minibatches(16))
 
     def right(wrong, common) -> bool:
-        """Whether a graph of the loss with wrong settings passes for one with the right ones."""
+        """Return whether a graph of the loss with wrong settings passes for one with the right ones."""
         settings = {**given, **common}
-        inputs, adam = Inputs.of(model.policy, settings), AdamOptions.of(model.policy.optimizer)
-        broken = _Loss(model.policy, lambda some, inside: model._evaluate(some, {**inside, **wrong(inside)}))
-        graph, _ = draw_step(broken, inputs, batch, adam)
-        return is_right_step(graph, _Loss(model.policy, model._evaluate), inputs, batch, adam)
+        inputs, adam = StepInputs.for_step(model.policy, settings), AdamOptions.of(model.policy.optimizer)
+        broken = LossModule(model.policy, lambda some, inside: model._evaluate(some, {**inside, **wrong(inside)}))
+        program = StepProgram(LossModule(model.policy, model._evaluate), inputs, batch, adam)
+        return program.matches(trace(program._replace(module=broken)))
 
     for name, wrong in WRONG.items():
         # The clip hides what the truncation does to ratios beyond it
@@ -619,7 +621,7 @@ def test_fused_is_a_default_that_no_choice_contradicts(options, fused) -> None:
 
 
 class OwnAdam(th.optim.Adam):
-    """Another class, which may take other arguments."""
+    """Takes other arguments than torch's Adam."""
 
     def __init__(self, params, lr: float = 1e-3, eps: float = 1e-8) -> None:
         super().__init__(params, lr=lr, eps=eps)
@@ -632,7 +634,7 @@ def test_other_optimizers_are_given_nothing(optimizer) -> None:
 
 
 class Complex(FlattenExtractor):
-    """Has a weight that torch's fused kernel does not take."""
+    """Has a complex weight, which torch's fused kernel does not take."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -656,13 +658,13 @@ def test_a_complex_weight_learns_with_torchs_other_adam() -> None:
 
 def test_what_a_replayed_graph_has_returned_stays() -> None:
     memory = th.zeros(2)
-    graph = kept(lambda increment: [memory.add_(increment)])
+    graph = copy_outputs(lambda increment: [memory.add_(increment)])
     first, second = graph(th.tensor(1.0)), graph(th.tensor(1.0))
     assert (first[0].tolist(), second[0].tolist()) == ([1, 1], [2, 2])
 
 
 def test_step_counts_are_where_the_weights_are() -> None:
-    """Those of weights that have been optimized before, elsewhere, and those of weights that are new to the optimizer."""
+    """Step counts move to the weights' device, those of earlier steps and new ones."""
     # A device whose tensors do not mix with those of the CPU, as a GPU's do not
     policy = made().policy.to("meta")
     weights = list(policy.parameters())
@@ -670,6 +672,6 @@ def test_step_counts_are_where_the_weights_are() -> None:
     for weight, device in zip(weights[:2], ("cpu", "meta"), strict=True):
         step = th.tensor(3.0, device=device)
         policy.optimizer.state[weight] = {"step": step, "exp_avg": weight.detach(), "exp_avg_sq": weight.detach()}
-    inputs = Inputs.of(policy, {"learning": None})
+    inputs = StepInputs.for_step(policy, {"learning": None})
     assert {state["step"].device.type for state in policy.optimizer.state.values()} == {"meta"}
     assert inputs.steps.shape == (len(weights),)
