@@ -215,8 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     picture = Path(__file__).parent / "results" / "importance_sampling.png"
-    parser.add_argument("--out", type=Path, default=picture, help="the picture")
-    parser.add_argument("--n-samples", type=int, default=1_000_000, help="of q, for each line of the table and each dot")
+    parser.add_argument("--out", type=Path, default=picture, help="path of the picture")
+    parser.add_argument("--n-samples", type=int, default=1_000_000, help="samples of q for each line and each dot")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "objectives.png", help="the picture")
+    picture = Path(__file__).parent / "results" / "objectives.png"
+    parser.add_argument("--out", type=Path, default=picture, help="path of the picture")
     out: Path = parser.parse_args(arguments).out
     out.parent.mkdir(parents=True, exist_ok=True)
 

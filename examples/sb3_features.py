@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("features", nargs="*", metavar="feature", help=f"of {', '.join(FEATURES)}; default: all")
+    parser.add_argument("features", nargs="*", metavar="feature", help=f"any of {', '.join(FEATURES)}; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/sb3_features"), help="folder; gets one for each feature")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.features if name not in FEATURES]

@@ -242,10 +242,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     :return: the parsed arguments
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--minutes", type=float, default=60, help="minutes of training")
     parser.add_argument("--learn-calls", type=int, default=20)
-    parser.add_argument("--cycles", type=int, default=100, help="of save and load")
-    parser.add_argument("--max-growth", type=float, default=1, help="of the resident memory after the warm-up, in percent")
+    parser.add_argument("--cycles", type=int, default=100, help="cycles of save and load")
+    parser.add_argument("--max-growth", type=float, default=1, help="allowed growth of the memory after the warm-up, percent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     options = parser.parse_args(arguments)

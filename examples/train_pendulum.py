@@ -103,10 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: words of the command line; default: this process's
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the training run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--n-timesteps", type=int, default=100_000, help="environment steps of training")
     parser.add_argument("--n-eval-episodes", type=int, default=1_000, help="episodes of the final evaluation, at least 100")
-    parser.add_argument("--out", type=Path, default=Path("runs/train_pendulum"), help="folder for what the script writes")
+    parser.add_argument("--out", type=Path, default=Path("runs/train_pendulum"), help="folder for all that is written")
     options = parser.parse_args(arguments)
     if options.n_eval_episodes < 100:
         parser.error("--n-eval-episodes must be at least 100: single episodes differ by 74 in standard deviation")

@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="of each environment's steps")
+    parser.add_argument("--share", type=float, default=1.0, help="share of each environment's steps")
     parser.add_argument("--n-jobs", type=int, default=-1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/trust_region"))
     chosen = parser.parse_args(arguments)

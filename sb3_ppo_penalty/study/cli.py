@@ -68,19 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--env", default="Pendulum-v1", metavar="ID", help="environment (default: %(default)s)")
     names = f"any of {' '.join(ALGORITHMS)} (default: {' '.join(DEFAULT_ALGOS)}), also with a +NAME of your own"
     add("--algos", nargs="+", default=list(DEFAULT_ALGOS), type=_algorithm, metavar="ALGO", help=names)
-    add(
-        "--full", action="store_true", help=f"{FULL[0]} seeds and {FULL[1]:,} steps where --seeds and --n-timesteps do not say"
-    )
+    add("--full", action="store_true", help=f"{FULL[0]} seeds of {FULL[1]:,} steps, unless --seeds or --n-timesteps is given")
     add("--seeds", type=_positive, metavar="N", help=f"number of seeds (default: {FIRST_LOOK[0]})")
     add("--first-seed", type=int, default=0, metavar="S", help="the seeds are S, S+1, ... (default: %(default)s)")
     add("--n-timesteps", type=_positive, metavar="N", help=f"environment steps of a run (default: {FIRST_LOOK[1]})")
-    add(
-        "--n-jobs",
-        type=_n_jobs,
-        default=-1,
-        metavar="N",
-        help="runs at a time, a core each; -1: as many as there are cores, here or in the cluster (default)",
-    )
+    jobs = "runs at a time, a core each; -1: as many as there are cores, here or in the cluster (default)"
+    add("--n-jobs", type=_n_jobs, default=-1, metavar="N", help=jobs)
     where = "where the runs are performed: by processes of this machine, or by an existing Ray cluster (RAY_ADDRESS, else the "
     where += "one of this machine; default: %(default)s)"
     add("--backend", default=LOCAL, choices=[LOCAL, RAY], help=where)
@@ -91,11 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_article stays as it is"
     add("--same-policy", nargs="?", const="ppo_clip", choices=TUNED_ALGORITHMS, metavar="ALGO", help=same)
     add("--threshold", type=float, metavar="R", help="return to be reached (default: -200 for Pendulum-v1, else Gymnasium's)")
-    add(
-        "--eval-freq", type=_positive, metavar="N", help=f"steps between evaluations (default: a {EVALUATIONS}th of the steps)"
-    )
-    add("--n-eval-episodes", type=_positive, default=1000, metavar="N", help="of the last evaluation (default: %(default)s)")
-    add("--device", default="cpu", help="of the networks (default: %(default)s)")
+    add("--eval-freq", type=_positive, metavar="N", help=f"steps between evaluations (default: 1/{EVALUATIONS} of the steps)")
+    add("--n-eval-episodes", type=_positive, default=1000, metavar="N", help="in the last evaluation (default: %(default)s)")
+    add("--device", default="cpu", help="device of the networks (default: %(default)s)")
     add("--gym-packages", nargs="+", default=[], metavar="MODULE", help="modules that register environments when imported")
     return parser
 
