@@ -34,7 +34,7 @@ import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.distributed.team import Ranks, session
+from sb3_ppo_penalty.distributed import Ranks, session
 
 #: Sizes of the vectors whose all-reduce is timed, in bytes
 SIZES = [2**exponent for exponent in range(10, 25, 2)]
@@ -134,7 +134,7 @@ def measure_in_worker(options: argparse.Namespace) -> None:
         found = {"trainings": measure_trainings(ranks, options), "all_reduce": []}
         if ranks.size > 1:
             found["all_reduce"] = measure_all_reduce(options.all_reduce_repetitions, SIZES)
-        if ranks.leads:
+        if ranks.is_main_process:
             options.worker.write_text(json.dumps(found))
 
 

@@ -25,8 +25,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, resume
-from sb3_ppo_penalty.distributed.team import Ranks, session
+from sb3_ppo_penalty import PPOPenalty, ResumableCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_penalty.distributed import Ranks, session
 
 
 def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:
@@ -40,10 +40,10 @@ def train(ranks: Ranks, options: argparse.Namespace) -> PPOPenalty:
     env = make_vec_env(options.env, options.n_envs)
     checkpoints = ResumableCheckpointCallback(options.save_freq, options.out / "checkpoints", ranks.name_prefix)
     callback: list[BaseCallback] = [checkpoints]
-    if ranks.leads:
+    if ranks.is_main_process:
         eval_env = make_vec_env(options.env, 1, seed=1_000)
         callback.append(EvalCallback(eval_env, eval_freq=options.eval_freq, log_path=str(options.out), verbose=0))
-    path = ranks.latest_checkpoint(options.out / "checkpoints")
+    path = latest_checkpoint(options.out / "checkpoints", ranks=ranks)
     if path is None:
         # The same seed in every process: each derives its own seed from it
         model = PPOPenalty(
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     th.set_num_threads(1)
     with session(timeout=options.timeout) as ranks:
         model = train(ranks, options)
-        if ranks.leads:
+        if ranks.is_main_process:
             model.save(options.out / "model")
             mean, _ = evaluate_policy(model, Monitor(make_vec_env(options.env, 1, seed=2_000).envs[0]), n_eval_episodes=20)
             print(f"{ranks.size} process(es), {model.num_timesteps:,} steps: mean return {mean:.1f} over 20 episodes")

@@ -59,6 +59,7 @@ PENALTY: dict[str, Any] = {
     "kl_coef": 1.0,
     "kl_coef_bounds": (0.001, 1000.0),
     "kl_penalty": "old_new",
+    "max_ratio": None,
     "guard": None,
 }
 #: Name of a variant -> its arguments, which override those of PENALTY
@@ -70,8 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clip": {"clip_range": 0.2},
     "cutoff": {"kl_penalty": {"cutoff_coef": 1000.0}},
     "per-state": {"kl_penalty": {"cutoff_coef": 100.0, "per_state": True}},
-    "truncated": {"kl_penalty": {"max_ratio": 2.0}},
-    "tight": {"kl_penalty": {"max_ratio": 1.3}, "guard": "rollback"},
+    "truncated": {"max_ratio": 2.0},
+    "tight": {"max_ratio": 1.3, "guard": "rollback"},
     "guard": {"guard": "rollback"},
     "guard-max": {"guard": {"action": "rollback", "measure": "max", "max_kl_factor": 10.0}},
     "robust": ROBUST,

@@ -1,17 +1,23 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
-from sb3_ppo_penalty.algorithms.ppo_clip import ARTICLE_RECIPE, PPOClip
-from sb3_ppo_penalty.algorithms.ppo_penalty import PAPER, PENDULUM, ROBUST, PPOPenalty
+from typing import TYPE_CHECKING, Any
+
+from sb3_ppo_penalty.algorithms.ppo_clip import PPOClip
+from sb3_ppo_penalty.algorithms.ppo_penalty import PPOPenalty
+from sb3_ppo_penalty.algorithms.presets import ARTICLE_RECIPE, PAPER, PENDULUM, ROBUST
 from sb3_ppo_penalty.objectives.divergence import register_divergence
 from sb3_ppo_penalty.objectives.kl_controllers import DualAscent, KLController, KLReading, Proportional
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.rollouts.reward_to_go import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.saving.checkpoints import ResumableCheckpointCallback, latest_checkpoint, resume
 from sb3_ppo_penalty.saving.safe_archive import UnsafeFileError
 from sb3_ppo_penalty.saving.training_state import ResumableEnv
 from sb3_ppo_penalty.updates.guard import Guard
 from sb3_ppo_penalty.version import __version__
+
+if TYPE_CHECKING:
+    from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
 
 __all__ = [
     "ARTICLE_RECIPE",
@@ -24,6 +30,7 @@ __all__ = [
     "KLController",
     "KLPenalty",
     "KLReading",
+    "MaskablePPOPenalty",
     "MlpPolicy",
     "MultiInputPolicy",
     "PPOClip",
@@ -39,3 +46,17 @@ __all__ = [
     "register_divergence",
     "resume",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """
+    Import what needs sb3-contrib only when it is asked for: it takes its time.
+
+    :param name: of the attribute
+    :raises AttributeError: for a name that the package does not have
+    """
+    if name == "MaskablePPOPenalty":
+        from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
+
+        return MaskablePPOPenalty
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -427,7 +427,7 @@ def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
             mean = np.mean([float(row[f"train/{name}"]) for row in updates])
             assert float(rows[algo][name]) == pytest.approx(mean, rel=1e-4)
     robust = PPOPenalty.load(own / "CartPole-v1.zip")
-    assert (robust.guard, robust.kl_penalty.max_ratio) == (Guard("rollback"), ROBUST["kl_penalty"]["max_ratio"])
+    assert (robust.guard, robust.max_ratio) == (Guard("rollback"), ROBUST["max_ratio"])
     text = (folder / "summary.md").read_text()
     assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0, 50 evaluation episodes." in text
     for title, column in (("Final return, without noise", "final_return"), ("Return with noise", "last_batch_return")):

@@ -20,10 +20,10 @@ ROOMS: dict[str, set[str]] = {
     "rollouts": set(),
     "objectives": {"arguments"},
     "policies": {"arguments", "objectives"},
-    "updates": {"arguments", "objectives", "rollouts", "distributed"},
+    "updates": {"arguments", "objectives", "rollouts"},
     # These three do not know each other
     "compiled": {"objectives", "policies", "rollouts", "updates"},
-    "distributed": {"arguments", "objectives", "rollouts", "updates", "saving"},
+    "distributed": {"arguments", "objectives", "rollouts", "updates"},
     "saving": {"arguments", "objectives", "policies", "rollouts", "updates"},
     "algorithms": {"arguments", "objectives", "policies", "rollouts", "updates", "compiled", "distributed", "saving"},
     # Knows SB3 and gymnasium only: the algorithms do not know it
@@ -106,8 +106,9 @@ def functions_of(path: Path) -> list[tuple[str, int]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             doc = node.body[0] if ast.get_docstring(node) else None
-            docstring = doc.end_lineno - doc.lineno + 1 if doc else 0
-            sizes.append((node.name, node.end_lineno - node.lineno + 1 - docstring))
+            # A signature with an argument a line is no code to follow
+            body = node.body[1:] if doc else node.body
+            sizes.append((node.name, node.end_lineno - body[0].lineno + 1 if body else 0))
     return sizes
 
 

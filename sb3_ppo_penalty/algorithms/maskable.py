@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_penalty.algorithms.ppo_penalty import PPOPenalty
 from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical, parameters_of
+from sb3_ppo_penalty.rollouts.reward_to_go import without_time_limits
 from sb3_ppo_penalty.rollouts.rollout import Observations, as_tensor
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskablePPOPenalty")
@@ -133,7 +134,7 @@ class MaskablePPOPenalty(PPOPenalty):
         :param use_masking: whether the environment is asked for masks; default: as ``learn`` was told
         :return: False if the callback ended training
         """
-        env = self._seen_by(rollout_buffer, env)
+        env = without_time_limits(env, rollout_buffer)
         masking = self._use_masking if use_masking is None else use_masking
         # It uses nothing that the two classes do not share
         collect: Any = MaskablePPO.collect_rollouts

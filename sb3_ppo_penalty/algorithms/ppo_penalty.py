@@ -10,19 +10,19 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import LinearSchedule
-from torch import nn
 
-from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm, passed_on
+from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm
 from sb3_ppo_penalty.arguments import ArgumentError, as_number, require, require_number, schedule_at
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, UnknownDivergenceError
+from sb3_ppo_penalty.objectives.drift import Drift
 from sb3_ppo_penalty.objectives.kl_controllers import KLController, KLReading, clamp, kl_band, make_controller
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
-from sb3_ppo_penalty.objectives.losses import Drift, clipped_surrogate, surrogate
-from sb3_ppo_penalty.rollouts.rollout import Minibatch, Rollout
+from sb3_ppo_penalty.objectives.losses import clipped_surrogate, surrogate, truncate_ratio
+from sb3_ppo_penalty.rollouts.rollout import Transitions
 from sb3_ppo_penalty.saving.file_origin import differences_for_penalty
-from sb3_ppo_penalty.updates.guard import Guard, Report, Watch
-from sb3_ppo_penalty.updates.step import Settings, Stepper
+from sb3_ppo_penalty.updates.guard import Guard, GuardedUpdate, GuardReport
+from sb3_ppo_penalty.updates.step import LossSettings, Stepper
+from sb3_ppo_penalty.updates.update import Update
 
 #: The target of the paper's best adaptive variant (Schulman et al. 2017, table 1), in nats
 PAPER_TARGET_KL = 0.01
@@ -34,7 +34,7 @@ SATURATION_PATIENCE = 10
 
 class PPOPenalty(ProximalAlgorithm):
     """
-    Proximal Policy Optimization with an adaptive KL penalty (the document, section 4.2 (1); the paper, equation 8).
+    Proximal Policy Optimization with an adaptive KL penalty (the article, section 4.2 (1); the paper, equation 8).
 
     Maximises ``J(theta) = E[r A] - kl_coef * KL(pi_old || pi)`` with the exact divergence, in nats, summed over action
     dimensions and averaged over states. After the last epoch the divergence over the whole rollout is measured with the new
@@ -66,7 +66,9 @@ class PPOPenalty(ProximalAlgorithm):
         :class:`~.KLReading` and returns the next coefficient. See
         :mod:`~sb3_ppo_penalty.objectives.kl_controllers`. A copy is kept, and saved with all that it remembers
     :param kl_penalty: what is charged: a :class:`~.KLPenalty`, a dict of its fields, or the name
-        of a direction; default: the document's KL(old || new) and nothing else
+        of a direction; default: the article's KL(old || new) and nothing else
+    :param max_ratio: where single importance ratios are truncated in the surrogate, :func:`~.truncate_ratio`; None (default):
+        nowhere. It also bounds what ``clip_range`` leaves open
     :param guard: what becomes of an update that goes too far all the same: ``"stop"``, ``"rollback"`` or ``"fixup"`` once the
         divergence exceeds ``4 * target_kl`` after an epoch; a :class:`~.Guard`, or a dict of its fields;
         default: nothing. When it acted, the coefficient follows the mean divergence of that moment, whatever the guard's
@@ -76,7 +78,7 @@ class PPOPenalty(ProximalAlgorithm):
 
     _differences = staticmethod(differences_for_penalty)
     #: Of the last update; no file holds it
-    _guard_report: Report | None = None
+    _guard_report: GuardReport | None = None
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class PPOPenalty(ProximalAlgorithm):
         kl_coef_bounds: tuple[float, float] = DEFAULT_KL_COEF_BOUNDS,
         kl_controller: str | Mapping[str, Any] | KLController = "adaptive",
         kl_penalty: str | Mapping[str, Any] | KLPenalty = "old_new",
+        max_ratio: float | None = None,
         guard: str | Mapping[str, Any] | Guard | None = None,
     ) -> None:
         # Here and not in `_setup_model`, which `load` calls after it has restored them
@@ -125,6 +128,7 @@ class PPOPenalty(ProximalAlgorithm):
         self.kl_coef_bounds = kl_coef_bounds
         self.kl_controller = make_controller(kl_controller)
         self.kl_penalty = KLPenalty.of(kl_penalty)
+        self.max_ratio = max_ratio
         self.guard = Guard.of(guard)
         self._saturated_updates = 0  # in a row that left the coefficient at a bound
         self._granted_kl_coef = 0.0  # by the last update: `kl_coef` differs where the user has set it since
@@ -132,7 +136,13 @@ class PPOPenalty(ProximalAlgorithm):
         self._kl_coef_in_reach = 0.0
         self._risen_learning_rate = 0.0
         self._last_learning_rate = 0.0
-        super().__init__(**passed_on(ProximalAlgorithm.__init__, locals()))
+        # In PPO's order
+        super().__init__(
+            policy, env, learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda, clip_range, clip_range_vf,
+            normalize_advantage, ent_coef, vf_coef, max_grad_norm, use_sde, sde_sample_freq, rollout_buffer_class,
+            rollout_buffer_kwargs, target_kl, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device,
+            _init_setup_model, compile=compile,
+        )  # fmt: skip
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -147,6 +157,7 @@ class PPOPenalty(ProximalAlgorithm):
         require_number("kl_coef_bounds", bounds[1], bounds[0])
         require_number("kl_coef", self.kl_coef, *bounds)
         require_number("kl_coef_factor", self.kl_coef_factor, 1, open_below=True)
+        require_number("max_ratio", self.max_ratio, 1, open_below=True, optional=True)
         require_number("target_kl", self.target_kl, 0, open_below=True, optional=True, schedule=True)
         require_number("kl_min", self.kl_min, 0, optional=True, schedule=True)
         require_number("kl_max", self.kl_max, 0, open_below=True, optional=True, schedule=True)
@@ -205,10 +216,15 @@ class PPOPenalty(ProximalAlgorithm):
         """``(kl_min, kl_max)`` in force, in nats."""
         return self._aims(self._current_progress_remaining)[1:]
 
-    def _settings(self) -> Settings:
+    def _loss_settings(self) -> LossSettings:
         # A plain float, so that a compiled graph takes it as a number
-        own = {"kl_coef": float(self.kl_coef), "target_kl": self.kl_target, "kl_penalty": self.kl_penalty}
-        return {**super()._settings(), **own}
+        return (
+            super()
+            ._loss_settings()
+            ._replace(
+                kl_coef=float(self.kl_coef), target_kl=self.kl_target, kl_penalty=self.kl_penalty, max_ratio=self.max_ratio
+            )
+        )
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         """
@@ -231,30 +247,33 @@ class PPOPenalty(ProximalAlgorithm):
 
     def _policy_objective(
         self,
-        batch: Minibatch,
+        batch: Transitions,
         ratio: th.Tensor,
         advantages: th.Tensor,
-        settings: Settings,
+        settings: LossSettings,
         parameters: Callable[[], ActionParameters],
     ) -> tuple[th.Tensor, th.Tensor]:
-        clip_range, penalty = settings["clip_range"], settings["kl_penalty"]
+        penalty, kl_coef, target_kl = settings.kl_penalty, settings.kl_coef, settings.target_kl
+        assert penalty is not None
+        assert kl_coef is not None
+        assert target_kl is not None
         kl = penalty.charge(ratio, advantages, batch.old, parameters)
-        ratio = penalty.truncate(ratio, advantages)
+        if settings.max_ratio is not None:
+            ratio = truncate_ratio(ratio, advantages, settings.max_ratio)
+        clip_range = settings.clip_range
         objective = surrogate(ratio, advantages) if clip_range is None else clipped_surrogate(ratio, advantages, clip_range)
-        return objective, penalty.penalize(objective, kl, settings["kl_coef"], settings["target_kl"])
+        return objective, penalty.penalize(objective, kl, kl_coef, target_kl)
 
     def _excluded_save_params(self) -> list[str]:
         # A file without a clip range opens in stock PPO, which takes its default where it could not take None
         return [*super()._excluded_save_params(), "_guard_report", *["clip_range"] * (self.clip_range is None)]
 
-    def _steppers(self, rollout: Rollout, settings: Settings) -> Iterator[Stepper]:
+    def _steppers(self, update: Update) -> Iterator[Stepper]:
         if self.guard is None:
-            return super()._steppers(rollout, settings)
-        batch_size = min(self.batch_size, len(rollout))
-        measures = self._measure_drift, self._divergence
-        watch = Watch(self.guard, self.policy, self._roles(), rollout, settings, batch_size, *measures, self._ranks)
-        self._guard_report = watch.report
-        return watch.steppers(self.n_epochs, lambda wanted: self._stepper(wanted, batch_size))
+            return super()._steppers(update)
+        guarded = GuardedUpdate(self.guard, update, self._actor_and_critic(), self.kl_target)
+        self._guard_report = guarded.report
+        return guarded.steppers(self.n_epochs)
 
     def _after_update(self, drift: Drift) -> None:
         assert drift.kl is not None, "a policy without a known divergence is refused"
@@ -308,60 +327,3 @@ class PPOPenalty(ProximalAlgorithm):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-#: The paper's constants (Schulman et al. 2017, section 4 and, for MuJoCo, table 3):
-#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)``.
-#:
-#: ``kl_min`` and ``kl_max`` are left to follow ``target_kl``: the paper's band of 1.5 either way is the default. The paper's
-#: Gaussian learns its deviations: on Box actions add ``policy_kwargs=dict(learn_covariance=True)``.
-PAPER: dict[str, Any] = {
-    # Table 3: horizon, Adam's step size, epochs, minibatch, discount, GAE parameter
-    "n_steps": 2048,
-    "learning_rate": 3e-4,
-    "n_epochs": 10,
-    "batch_size": 64,
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    # Table 1: the best of the three targets; section 4: the first coefficient and its factor
-    "target_kl": 0.01,
-    "kl_coef": 1.0,
-    "kl_coef_factor": 2.0,
-    "kl_controller": "adaptive",
-}
-
-#: What keeps single states from going far where the mean stays on its target, without the ratio clip:
-#: ``PPOPenalty("MlpPolicy", "Pendulum-v1", **ROBUST)``. From ``examples/trust_region_study.py``; its figures stand in
-#: ``examples/results/trust_region/summary.md``.
-ROBUST: dict[str, Any] = {
-    # About what PPO-clip itself moves in an update; the paper's 0.01 is slow, but for a fixed covariance and small steps
-    "target_kl": 0.03,
-    # Exact for an update that converges, where the paper's doubling swings around the target
-    "kl_controller": "proportional",
-    # modular_rl's and TF-Agents' largest step
-    "kl_coef_factor": 1.5,
-    # What decides on Ant, and costs little elsewhere: no sample pulls on once it is twice as likely. A tighter 1.3 learns
-    # faster on Ant and HalfCheetah, and breaks LunarLander and CartPole at this target
-    "kl_penalty": {"max_ratio": 2.0},
-    # Heess et al. 2017: no epoch goes on beyond four times the target
-    "guard": {"action": "rollback", "max_kl_factor": 4.0},
-}
-
-#: What learns Pendulum-v1 in a minute or two, of RL Zoo's entry, which says how it was tuned:
-#: ``PPOPenalty("MlpPolicy", env, **PENDULUM).learn(100_000)``, where ``env`` is four environments with normalised rewards,
-#: ``VecNormalize(make_vec_env("Pendulum-v1", n_envs=4), norm_obs=False, gamma=PENDULUM["gamma"])``.
-PENDULUM: dict[str, Any] = {
-    "n_steps": 256,
-    "batch_size": 64,
-    "n_epochs": 10,
-    "gamma": 0.98,
-    "gae_lambda": 0.9,
-    "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
-    "max_grad_norm": 5.0,
-    "target_kl": 0.003,
-    "kl_coef": 3.0,
-    "kl_coef_factor": 1.5,
-    "kl_coef_bounds": (0.1, 1e3),
-    "kl_controller": "proportional",
-    "policy_kwargs": {"covariance": 2.0, "activation_fn": nn.ReLU},
-}

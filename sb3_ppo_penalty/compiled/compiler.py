@@ -30,8 +30,8 @@ from sb3_ppo_penalty.compiled.step import (
 from sb3_ppo_penalty.compiled.trace import ActorNetworks, ActorProgram, Graph, Program, StepProgram, key_of, trace, traceable
 from sb3_ppo_penalty.compiled.worker import CompileWorker, pickled
 from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES, FixedCovarianceMixin
-from sb3_ppo_penalty.rollouts.rollout import Minibatch
-from sb3_ppo_penalty.updates.step import EagerStepper, Evaluate, SharedStepper, Stepper
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.step import EagerStepper, Evaluate, Stepper
 
 LOGGER = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -108,22 +108,24 @@ class Compiler:
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
 
-    def stepper(self, eager: EagerStepper | SharedStepper, batch_size: int) -> Stepper:
+    def stepper(self, eager: EagerStepper, batch_size: int) -> Stepper:
         """
         Return the compiled step, or the eager one where torch cannot compile it.
 
         :param eager: the eager step of one update
         :param batch_size: the minibatch size to compile for; minibatches of any other size take the eager step
         """
-        settings = eager.settings
-        idle = settings["learning"] is not None and not {*settings["learning"]} & {*optimized_names(self.policy)}
+        loss, settings = eager.loss, eager.settings
+        idle = settings.learning is not None and not {*settings.learning} & {*optimized_names(self.policy)}
         if idle or not self.can_compile():
             return eager
-        if isinstance(eager, EagerStepper):
-            options, inputs = AdamOptions.of(self.policy.optimizer), StepInputs.for_step(self.policy, settings)
+        if eager.descent.ranks.size == 1:
+            options, inputs = AdamOptions.of(self.policy.optimizer), StepInputs.for_step(self.policy, loss, settings)
             return CompiledStep(self, inputs, options, batch_size, eager, partial(unpack_step, settings))
-        inputs = StepInputs.for_gradient(self.policy, settings)
-        eager.differentiate = CompiledStep(self, inputs, None, batch_size, eager.eager_gradient, unpack_gradient)
+        inputs = StepInputs.for_gradient(self.policy, loss, settings)
+        eager.differentiate = CompiledStep(
+            self, inputs, None, batch_size, eager.differentiate_eagerly, partial(unpack_gradient, eager.descent)
+        )
         return eager
 
     def can_compile(self) -> bool:
@@ -248,7 +250,7 @@ class CompiledStep(Generic[Result]):
         inputs: StepInputs,
         options: AdamOptions | None,
         batch_size: int,
-        eager: Callable[[Minibatch], Result],
+        eager: Callable[[Transitions], Result],
         unpack: Callable[[list[th.Tensor]], Result],
     ) -> None:
         self.compiler = compiler
@@ -260,7 +262,7 @@ class CompiledStep(Generic[Result]):
         self.graph: Graph | None = None
         self.fixed: list[th.Tensor] = []
 
-    def __call__(self, batch: Minibatch) -> Result:
+    def __call__(self, batch: Transitions) -> Result:
         """
         Make one step, or compute one gradient.
 
@@ -275,7 +277,7 @@ class CompiledStep(Generic[Result]):
         with th.no_grad():
             return self.unpack(self.graph(*self.fixed, *batch.columns))
 
-    def _find_graph(self, batch: Minibatch) -> None:
+    def _find_graph(self, batch: Transitions) -> None:
         """
         Look up, or make, the graph of this update.
 

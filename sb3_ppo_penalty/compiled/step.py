@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sb3_ppo_penalty.compiled.module_state import UntraceableError
-from sb3_ppo_penalty.objectives.losses import k3_estimate
-from sb3_ppo_penalty.rollouts.rollout import Minibatch
-from sb3_ppo_penalty.updates.step import Evaluate, Settings, Step, Terms, clipped_together, packed
+from sb3_ppo_penalty.objectives.drift import k3_estimate
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.step import Descent, Evaluate, LossSettings, Step, StepSettings, Terms, clipped_together
 
 
 class AdamOptions(NamedTuple):
@@ -100,7 +100,7 @@ class LossModule(nn.Module):
         self.policy = policy
         self.evaluate = evaluate
 
-    def forward(self, batch: Minibatch, settings: Settings) -> Terms:
+    def forward(self, batch: Transitions, settings: LossSettings) -> Terms:
         """
         Evaluate the loss.
 
@@ -120,7 +120,8 @@ class StepInputs(NamedTuple):
     :param steps: Adam's step counts, in the same order, shape (number of weights that the optimizer moves,)
     :param others: the policy's further tensors by name: buffers, and weights that do not learn
     :param learning_rate: the optimizer's step size, scalar
-    :param settings: settings of the update, see :class:`~.EagerStepper`, with scalar tensors in place of numbers
+    :param loss: settings of the loss, with scalar tensors in place of numbers
+    :param settings: settings of the step, with scalar tensors in place of numbers
     """
 
     weights: dict[str, th.Tensor]
@@ -129,18 +130,20 @@ class StepInputs(NamedTuple):
     steps: th.Tensor
     others: dict[str, th.Tensor]
     learning_rate: th.Tensor
-    settings: Settings
+    loss: LossSettings
+    settings: StepSettings
 
     @classmethod
-    def for_step(cls, policy: ActorCriticPolicy, settings: Settings) -> "StepInputs":
+    def for_step(cls, policy: ActorCriticPolicy, loss: LossSettings, settings: StepSettings) -> "StepInputs":
         """
         Collect the inputs of whole steps; Adam's state is created where there is none yet.
 
         :param policy: a policy whose optimizer is an Adam
-        :param settings: settings of one update
+        :param loss: settings of the loss
+        :param settings: settings of the steps
         """
         weights, state = dict(policy.named_parameters()), policy.optimizer.state
-        learning = weights if settings["learning"] is None else settings["learning"]
+        learning = weights if settings.learning is None else settings.learning
         moved = {name: state[weights[name]] for name in optimized_names(policy) if name in learning}
         for name, own in moved.items():
             if not own:
@@ -151,25 +154,29 @@ class StepInputs(NamedTuple):
         for own, step in zip(moved.values(), steps, strict=True):
             # Views of one tensor, so that the graph raises all counts with one addition
             own["step"] = step
-        return cls.for_gradient(policy, settings)._replace(
+        return cls.for_gradient(policy, loss, settings)._replace(
             exp_avg={name: own["exp_avg"] for name, own in moved.items()},
             exp_avg_sq={name: own["exp_avg_sq"] for name, own in moved.items()},
             steps=steps,
         )
 
     @classmethod
-    def for_gradient(cls, policy: ActorCriticPolicy, settings: Settings) -> "StepInputs":
+    def for_gradient(cls, policy: ActorCriticPolicy, loss: LossSettings, settings: StepSettings) -> "StepInputs":
         """
         Collect the inputs of the gradient alone, without Adam's state.
 
         :param policy: a policy with any optimizer
-        :param settings: settings of one update
+        :param loss: settings of the loss
+        :param settings: settings of the steps
         """
         tensors = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
         learning = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
         def scalar(value: float) -> th.Tensor:
             return th.tensor(value, dtype=th.float32, device=policy.device)
+
+        def with_scalars(numbers: Any) -> Any:
+            return pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, numbers)
 
         return cls(
             weights={name: weight.detach() for name, weight in learning.items()},
@@ -178,7 +185,8 @@ class StepInputs(NamedTuple):
             steps=th.zeros(0, device=policy.device),
             others={name: tensor for name, tensor in tensors.items() if name not in learning},
             learning_rate=scalar(policy.optimizer.param_groups[0]["lr"]),
-            settings=pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, settings),
+            loss=with_scalars(loss),
+            settings=with_scalars(settings),
         )
 
 
@@ -202,7 +210,7 @@ def call_with_tensors(module: nn.Module, tensors: dict[str, th.Tensor], *argumen
     return result
 
 
-def evaluate_loss(inputs: StepInputs, batch: Minibatch, loss: LossModule) -> tuple[Terms, dict[str, th.Tensor]]:
+def evaluate_loss(inputs: StepInputs, batch: Transitions, loss: LossModule) -> tuple[Terms, dict[str, th.Tensor]]:
     """
     Evaluate the loss with the weights among the inputs.
 
@@ -213,10 +221,10 @@ def evaluate_loss(inputs: StepInputs, batch: Minibatch, loss: LossModule) -> tup
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in inputs.weights.items()}
     exchanged = {f"policy.{name}": tensor for name, tensor in {**weights, **inputs.others}.items()}
-    return call_with_tensors(loss, exchanged, batch, inputs.settings), weights
+    return call_with_tensors(loss, exchanged, batch, inputs.loss), weights
 
 
-def loss_and_gradients(inputs: StepInputs, batch: Minibatch, loss: LossModule) -> tuple[Terms, dict[str, th.Tensor | None]]:
+def loss_and_gradients(inputs: StepInputs, batch: Transitions, loss: LossModule) -> tuple[Terms, dict[str, th.Tensor | None]]:
     """
     Evaluate the loss and its gradient.
 
@@ -226,40 +234,48 @@ def loss_and_gradients(inputs: StepInputs, batch: Minibatch, loss: LossModule) -
     :return: the terms of the loss, and the gradient for each weight that may move, None where the loss does not depend on it
     """
     terms, weights = evaluate_loss(inputs, batch, loss)
-    names = [name for name in weights if inputs.settings["learning"] is None or name in inputs.settings["learning"]]
+    names = [name for name in weights if inputs.settings.learning is None or name in inputs.settings.learning]
     gradients = th.autograd.grad(terms.loss, [weights[name] for name in names], allow_unused=True)
     return terms, dict(zip(names, gradients, strict=True))
 
 
-def gradient_step(inputs: StepInputs, batch: Minibatch, loss: LossModule) -> list[th.Tensor]:
+def gradient_step(inputs: StepInputs, batch: Transitions, loss: LossModule) -> list[th.Tensor]:
     """
     Compute the part of a step that comes before several ranks sum their gradients.
 
     :param inputs: inputs of the step, which do not change
     :param batch: this rank's minibatch
     :param loss: the loss with the policy inside
-    :return: the terms of the loss, and the vector that the ranks sum, see :func:`~.packed`
+    :return: the terms of the loss; and the gradients as one vector, behind which stands 1 or 0 for each weight that has one or
+        none
     """
     terms, gradients = loss_and_gradients(inputs, batch, loss)
     with th.no_grad():
-        estimate = None if inputs.settings["stop_kl"] is None else k3_estimate(terms.log_ratio)
-        weights = [inputs.weights[name] for name in gradients]
-        vector = packed(weights, list(gradients.values()), len(batch.actions), estimate)
-    return [*(term.detach().clone() for term in terms), vector]
+        pairs = [(inputs.weights[name], gradient) for name, gradient in gradients.items()]
+        parts = [(th.zeros_like(weight) if found is None else found).reshape(-1) for weight, found in pairs]
+        present = [th.full((1,), float(found is not None), device=parts[0].device) for _, found in pairs]
+    return [*(term.detach().clone() for term in terms), th.cat([*parts, *present])]
 
 
-def unpack_gradient(outputs: list[th.Tensor]) -> tuple[Terms, th.Tensor]:
+def unpack_gradient(descent: Descent, outputs: list[th.Tensor]) -> Terms:
     """
-    Name the outputs of :func:`gradient_step`.
+    Leave the gradients of :func:`gradient_step` with the weights.
 
+    :param descent: steps the weights
     :param outputs: what it, or its graph, returned
-    :return: the terms of the loss, and the vector that the ranks sum
+    :return: the terms of the loss
     """
-    return Terms(*outputs[:-1]), outputs[-1]
+    *terms, vector = outputs
+    descent.clear()
+    sizes = [weight.numel() for weight in descent.weights]
+    present = vector[sum(sizes) :].tolist()
+    for weight, gradient, there in zip(descent.weights, th.split(vector[: sum(sizes)], sizes), present, strict=True):
+        weight.grad = gradient.view_as(weight) if there else None
+    return Terms(*terms)
 
 
 def clip_gradients(
-    gradients: dict[str, th.Tensor], settings: Settings, device: th.device
+    gradients: dict[str, th.Tensor], settings: StepSettings, device: th.device
 ) -> tuple[list[th.Tensor], dict[str, th.Tensor]]:
     """
     Scale gradients that are too long down to the largest length allowed.
@@ -279,7 +295,7 @@ def clip_gradients(
     return norms, clipped
 
 
-def whole_step(inputs: StepInputs, batch: Minibatch, loss: LossModule, options: AdamOptions) -> list[th.Tensor]:
+def whole_step(inputs: StepInputs, batch: Transitions, loss: LossModule, options: AdamOptions) -> list[th.Tensor]:
     """
     Compute the loss and its gradient, clip it and make one step of Adam.
 
@@ -294,7 +310,7 @@ def whole_step(inputs: StepInputs, batch: Minibatch, loss: LossModule, options: 
         # A weight without gradient and its moments stay: torch's Adam leaves them alone too
         used = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         norms, clipped = clip_gradients(used, inputs.settings, inputs.steps.device)
-        limit = inputs.settings["stop_kl"]
+        limit = inputs.settings.stop_kl
         stopped = None if limit is None else k3_estimate(terms.log_ratio) > limit
         for name, step in zip(inputs.exp_avg, inputs.steps + 1, strict=True):
             if name not in clipped:
@@ -310,7 +326,7 @@ def whole_step(inputs: StepInputs, batch: Minibatch, loss: LossModule, options: 
     return outputs if stopped is None else [*outputs, stopped]
 
 
-def unpack_step(settings: Settings, outputs: list[th.Tensor]) -> Step:
+def unpack_step(settings: StepSettings, outputs: list[th.Tensor]) -> Step:
     """
     Name the outputs of :func:`whole_step`.
 
@@ -319,6 +335,6 @@ def unpack_step(settings: Settings, outputs: list[th.Tensor]) -> Step:
         clipped as one, and, where ``stop_kl`` is set, whether the update ends and this step was not made
     """
     n_terms = len(Terms._fields)
-    n_norms = 2 if isinstance(settings["max_grad_norm"], tuple) else 1
-    stopped = settings["stop_kl"] is not None and bool(outputs[-1])
+    n_norms = 2 if isinstance(settings.max_grad_norm, tuple) else 1
+    stopped = settings.stop_kl is not None and bool(outputs[-1])
     return Step(Terms(*outputs[:n_terms]), () if stopped else tuple(outputs[n_terms : n_terms + n_norms]), stopped)

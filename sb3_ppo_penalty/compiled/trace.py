@@ -20,7 +20,7 @@ from sb3_ppo_penalty.compiled.step import (
     whole_step,
 )
 from sb3_ppo_penalty.policies.policies import FixedCovarianceMixin
-from sb3_ppo_penalty.rollouts.rollout import Minibatch
+from sb3_ppo_penalty.rollouts.rollout import Transitions
 
 #: Takes the tensors of a program and returns the program's results
 Graph = Callable[..., list[th.Tensor]]
@@ -87,7 +87,7 @@ class StepProgram(NamedTuple):
 
     module: LossModule
     inputs: StepInputs
-    batch: Minibatch
+    batch: Transitions
     options: AdamOptions | None
 
     def run(self) -> list[th.Tensor]:
@@ -138,7 +138,7 @@ class StepProgram(NamedTuple):
             weight.add_(of_weights * noise(weight) / fan_in**0.5)
         batch = copy.batch
         batch.old_log_prob.add_(of_rollout * noise(batch.old_log_prob))
-        clip_range_vf = copy.inputs.settings["clip_range_vf"]
+        clip_range_vf = copy.inputs.loss.clip_range_vf
         if clip_range_vf is not None:
             batch.old_values.add_(of_rollout * noise(batch.old_values) * clip_range_vf)
         return copy

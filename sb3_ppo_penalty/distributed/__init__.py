@@ -1,5 +1,6 @@
-"""One training on several processes, started by ``torchrun``."""
+"""One training on several processes (ranks), each with environments of its own; the engine is torch.distributed."""
 
-from sb3_ppo_penalty.distributed.team import RankError, Ranks, current, session
+from sb3_ppo_penalty.distributed.session import session
+from sb3_ppo_penalty.updates.ranks import RankError, Ranks, current
 
 __all__ = ["RankError", "Ranks", "current", "session"]

@@ -30,8 +30,6 @@ class KLPenalty:
     :param advantage_weighted: multiply the divergence of each state by the size of its advantage, ``|A|``, so that penalty and
         surrogate stay in proportion. With ``sampled`` and a constant coefficient this is Simple Policy Optimization (Xie et
         al. 2024, https://arxiv.org/abs/2401.16025)
-    :param max_ratio: largest importance ratio in the surrogate, see :func:`~.truncate_ratio`; None for no limit. It also
-        limits the ratios that ``clip_range`` does not, those of negative advantages
     :raises ValueError: for a field that is not allowed; names it
     """
 
@@ -40,7 +38,6 @@ class KLPenalty:
     per_state: bool = False
     sampled: bool = False
     advantage_weighted: bool = False
-    max_ratio: float | None = None
 
     def __post_init__(self) -> None:
         known = isinstance(self.direction, str) and self.direction in DIRECTIONS
@@ -52,7 +49,6 @@ class KLPenalty:
         require(not alone, "kl_penalty.per_state", self.per_state, "False without a `cutoff_coef`, which it is about")
         exact = not self.sampled or self.direction == "old_new"
         require(exact, "kl_penalty.direction", self.direction, "left out with `sampled`, whose charge has no direction")
-        require_number("kl_penalty.max_ratio", self.max_ratio, 1, open_below=True, optional=True)
 
     @classmethod
     def of(cls, choice: Any) -> "KLPenalty":
@@ -70,16 +66,6 @@ class KLPenalty:
         known = isinstance(choice, Mapping) and set(choice) <= set(own)
         require(known, "kl_penalty", choice, f"a KLPenalty, one of {list(DIRECTIONS)}, or a dict of {own}")
         return cls(**choice)
-
-    def truncate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
-        """
-        Truncate the ratios of the surrogate if there is a ``max_ratio``.
-
-        :param ratio: importance ratios, shape (batch,)
-        :param advantages: advantages of the minibatch, shape (batch,)
-        :return: truncated ratios, shape (batch,)
-        """
-        return ratio if self.max_ratio is None else losses.truncate_ratio(ratio, advantages, self.max_ratio)
 
     def charge(
         self, ratio: th.Tensor, advantages: th.Tensor, old: ActionParameters, new: Callable[[], ActionParameters]

@@ -1,12 +1,9 @@
 """
-The objectives of PPO, and what tells how far importance sampling can be trusted, as pure functions of tensors.
+The objectives of PPO, as pure functions of tensors.
 
 Symbols: ``r`` is the importance ratio pi(a|s) / pi_old(a|s), ``A`` the advantage, ``eps`` the clip range.
 The article and the paper are named in :mod:`sb3_ppo_penalty.objectives`.
 """
-
-import math
-from typing import NamedTuple
 
 import torch as th
 from torch.nn import functional
@@ -204,77 +201,3 @@ def clip_fraction(ratio: th.Tensor, clip_range: float | None) -> th.Tensor:
     """
     limit = REFERENCE_CLIP_RANGE if clip_range is None else clip_range
     return th.mean((th.abs(ratio - 1) > limit).float())
-
-
-def k3_estimate(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    Sampled estimate of KL(old || new) that is unbiased and never negative: ``mean((r - 1) - log r)``.
-
-    Source: J. Schulman, http://joschu.net/blog/kl-approx.html (k3); it is SB3's ``approx_kl``.
-
-    :param log_ratio: log r for actions drawn from the old policy, shape (batch,)
-    :return: scalar, in nats
-    """
-    return th.mean((th.exp(log_ratio) - 1) - log_ratio)
-
-
-def effective_sample_size(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    How many equally weighted samples the weighted ones are worth, as a fraction: ``(sum r)^2 / (n * sum r^2)``.
-
-    1 when every ratio is equal, 1/n when one sample outweighs all others: what goes wrong when the two policies drift
-    apart (the document, section 3). Source: Kish 1965. Computed from log-ratios, so that no square overflows.
-
-    :param log_ratio: log r, shape (batch,)
-    :return: scalar between 1/n and 1
-    """
-    return 1.0 / (len(log_ratio) * th.softmax(log_ratio, dim=0).square().sum())
-
-
-class Drift(NamedTuple):
-    """
-    How far an update moved the policy, measured over the whole rollout after the last epoch.
-
-    What is exact is None for a policy whose action distribution has no known divergence.
-
-    :param kl: mean over states of the exact KL(old || new), in nats
-    :param kl_estimate: the same, estimated from the actions taken (k3), in nats
-    :param effective_sample_size: of the importance weights, as a fraction
-    :param max_ratio: the largest importance weight
-    :param kl_max_state: the largest KL(old || new) of a state, in nats
-    :param kl_p99: the KL(old || new) that 99 % of the states do not exceed, in nats
-    """
-
-    kl: float | None
-    kl_estimate: float
-    effective_sample_size: float
-    max_ratio: float
-    kl_max_state: float | None
-    kl_p99: float | None
-
-
-def rank_of_p99(count: int) -> int:
-    """
-    Which of the states' divergences is their 99th percentile: one of theirs, so that it never exceeds the largest.
-
-    :param count: number of states
-    :return: its place among them in rising order, from 1
-    """
-    return math.ceil(0.99 * count)
-
-
-def drift(kl: th.Tensor | None, log_ratio: th.Tensor) -> Drift:
-    """
-    Every measure of how far the policy moved, with one look at the device.
-
-    :param kl: exact KL(old || new) of each state, in nats, shape (n_transitions,); None where it is not known
-    :param log_ratio: log r, shape (n_transitions,)
-    :return: the measures
-    """
-    sampled = [k3_estimate(log_ratio), effective_sample_size(log_ratio), importance_ratio(log_ratio.max(), 0.0)]
-    if kl is None:
-        estimate, effective, max_ratio = th.stack(sampled).tolist()
-        return Drift(None, estimate, effective, max_ratio, None, None)
-    # torch's quantile is limited to 2^24 values
-    p99 = kl.kthvalue(rank_of_p99(len(kl))).values
-    return Drift(*th.stack([kl.mean(), *sampled, kl.max(), p99]).tolist())

@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_ppo_penalty.arguments import ArgumentError, require, require_integer
 from sb3_ppo_penalty.saving.training_state import RandomStates, VecEnvState, dumps, loads
+from sb3_ppo_penalty.updates.ranks import ALONE, Ranks
 
 #: Member of the zip file that holds the pickled ``CheckpointState``, beside SB3's own members
 ENTRY = "resume.pkl"
@@ -245,17 +246,26 @@ class ResumableCheckpointCallback(BaseCallback):
         self._resumed = state
 
 
-def latest_checkpoint(folder: str | Path, name_prefix: str = "rl_model") -> Path | None:
+def latest_checkpoint(folder: str | Path, name_prefix: str | None = None, ranks: Ranks = ALONE) -> Path | None:
     """
     Find the checkpoint to resume from.
 
     No checkpoint is loaded: files are read and their checksums compared.
 
     :param folder: ``save_path`` of :class:`ResumableCheckpointCallback`
-    :param name_prefix: beginning of the file names
-    :return: the latest complete checkpoint, None if there is none; a damaged file is skipped with a warning
+    :param name_prefix: beginning of the file names; default: that of a single process, or ``ranks.name_prefix``
+    :param ranks: the processes that train together, each of which writes its own checkpoints; called by all of them
+    :return: the latest complete checkpoint of which every rank has its own, None if there is none; a damaged file is skipped
+        with a warning
     """
-    return next(complete_checkpoints(folder, name_prefix), None)
+    prefix = ranks.name_prefix if name_prefix is None else name_prefix
+    if ranks.size == 1:
+        return next(complete_checkpoints(folder, prefix), None)
+    paths = {path.name.removeprefix(prefix): path for path in complete_checkpoints(folder, prefix)}
+    found = ranks.gathered(list(paths))
+    # Rank 0's order: the latest first
+    common = [moment for moment in found[0] if all(moment in each for each in found)]
+    return paths[common[0]] if common else None
 
 
 def complete_checkpoints(folder: str | Path, name_prefix: str = "rl_model") -> Iterator[Path]:

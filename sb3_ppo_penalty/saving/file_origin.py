@@ -12,7 +12,7 @@ from sb3_ppo_penalty.arguments import ArgumentError
 
 #: Attributes that ``PPOPenalty`` saves and no other algorithm has
 PENALTY_ENTRIES = frozenset(
-    {"kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty", "guard"}
+    {"kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds", "kl_controller", "kl_penalty", "max_ratio", "guard"}
     | {"_saturated_updates", "_granted_kl_coef", "_kl_coef_in_reach", "_risen_learning_rate", "_last_learning_rate"}
 )
 
@@ -23,13 +23,17 @@ def saved_entries(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any
 
     :param path: as for SB3's ``load``; an open file is left at its start
     :return: values by name, with a dict in the place of each pickle; empty if the file is no model file
+    :raises ArgumentError: if the file is no zip file
     """
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
             entries: dict[str, Any] = json.loads(archive.read("data"))
             return entries
-    except (zipfile.BadZipFile, KeyError):
+    except zipfile.BadZipFile as error:
+        # In SB3's words
+        raise ArgumentError(f"`path`: the file {path} wasn't a zip-file") from error
+    except KeyError:
         return {}
     finally:
         if isinstance(path, (str, pathlib.Path)):

@@ -33,7 +33,7 @@ from sb3_ppo_penalty.objectives.kl_controllers import AdaptiveRule, DualAscent, 
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
 from sb3_ppo_penalty.policies.distributions import covariance_tensor
 from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, covariance_mismatch
-from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.rollouts.reward_to_go import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.saving.safe_archive import PickleDescription, SavedModel, check, read_model, refusing
 from sb3_ppo_penalty.updates.guard import Guard
 
@@ -41,8 +41,6 @@ SelfOnPolicy = TypeVar("SelfOnPolicy", bound=OnPolicyAlgorithm)
 #: Checks an entry's value, given the entry's name and the value, and returns what the constructor takes for it
 Reader = Callable[[str, Any], Any]
 
-#: 256 MiB: an Atari policy's weights with Adam's moments are 20 MB
-DEFAULT_MAX_BYTES = 2**28
 #: Entries that come from the environment or are made anew. A folder for logs is a path to write to: the caller's choice
 IGNORED = {
     *("observation_space", "action_space", "n_envs", "_last_obs", "_last_episode_starts", "_last_original_obs"),
@@ -135,7 +133,9 @@ def load_safe(
         raise TypeError(f"{cls.__name__}.load_safe() has no argument {unknown}")
     saved = read_model(path, max_bytes)
     with refusing("data", Warning):
-        entries = own_entries(saved.entries, {ENTRIES.get(name, name): value for name, value in given.items()})
+        entries = own_entries(
+            _with_present_fields(saved.entries), {ENTRIES.get(name, name): value for name, value in given.items()}
+        )
         arguments = {**_arguments(cls, entries, names - IGNORED - given.keys()), **given}
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
@@ -151,6 +151,20 @@ def load_safe(
     if model.use_sde:
         model.policy.reset_noise()
     return model
+
+
+def _with_present_fields(entries: dict[str, Any]) -> dict[str, Any]:
+    """
+    Move what was a field of the penalty in earlier files to where it is now.
+
+    :param entries: of a file
+    :return: the entries, with ``max_ratio`` as one of them
+    """
+    penalty = entries.get("kl_penalty")
+    if type(penalty) is not PickleDescription or "max_ratio" not in penalty:
+        return entries
+    kept = PickleDescription({name: value for name, value in penalty.items() if name != "max_ratio"})
+    return {**entries, "kl_penalty": kept, "max_ratio": penalty["max_ratio"]}
 
 
 def _arguments(cls: type[OnPolicyAlgorithm], entries: dict[str, Any], names: set[str]) -> dict[str, Any]:

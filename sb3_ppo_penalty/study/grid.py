@@ -29,7 +29,7 @@ ARTICLE_BATCH = 2048
 #: Hyperparameters of the policy's objective; all others concern the policy, the critic or the optimizer
 OBJECTIVE_SETTINGS = {
     *("clip_range", "target_kl", "kl_coef", "kl_min", "kl_max", "kl_coef_factor", "kl_coef_bounds"),
-    *("kl_controller", "kl_penalty", "guard"),
+    *("kl_controller", "kl_penalty", "max_ratio", "guard"),
     *("cg_max_steps", "cg_damping", "line_search_shrinking_factor", "line_search_max_iter"),
     *("n_critic_updates", "sub_sampling_factor"),
 }

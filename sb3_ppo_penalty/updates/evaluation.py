@@ -1,9 +1,11 @@
-"""What a policy says of actions, together with the very distribution that said it."""
+"""Ask a policy about actions, and find the very distribution behind its answers."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -11,8 +13,18 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_ppo_penalty.objectives.divergence import UnknownDivergenceError, kl_divergence, parameters_of
-from sb3_ppo_penalty.rollouts.rollout import Observations
+from sb3_ppo_penalty.objectives.divergence import (
+    ActionParameters,
+    UnknownDivergenceError,
+    collect_rows,
+    concatenate,
+    kl_divergence,
+    parameters_of,
+)
+from sb3_ppo_penalty.rollouts.rollout import Observations, Transitions
+from sb3_ppo_penalty.updates.step import ActorCriticWeights, weights_behind
+
+Answer = TypeVar("Answer")
 
 #: The method by which SB3's policies make the distribution that they act, evaluate and predict with
 MAKER = "_get_action_dist_from_latent"
@@ -22,7 +34,7 @@ MADE, ASKED_FOR = "made", "asked for"
 
 class Evaluation(NamedTuple):
     """
-    What a policy said of some actions.
+    A policy's answers about some actions.
 
     :param values: the critic's predictions, as ``evaluate_actions`` returned them
     :param log_prob: of the actions, shape (batch,)
@@ -159,6 +171,8 @@ def find_source(policy: ActorCriticPolicy, observations: Observations, actions: 
 
 def _distribution(evaluation: Evaluation) -> Any:
     """
+    Take the distribution from an evaluation.
+
     :param evaluation: just made
     :return: its distribution, or None
     :raises UnknownDivergenceError: if the policy fails when asked, which stock PPO never does
@@ -171,11 +185,13 @@ def _distribution(evaluation: Evaluation) -> Any:
 
 def _explains(distribution: Any, log_prob: th.Tensor, actions: th.Tensor) -> bool:
     """
+    Tell whether a distribution gives the log-probabilities that a policy gave.
+
+    The tolerance is that of a second pass, because the actions of two fresh policies hardly differ.
+
     :param distribution: of the actions
-    :param log_prob: that a policy gives, shape (batch,)
+    :param log_prob: the policy's, shape (batch,)
     :param actions: shape (batch, ...)
-    :return: whether the distribution gives the same, up to the rounding of a second pass: the actions of two fresh policies
-        hardly differ
     """
     own = distribution.log_prob(actions)
     return own.shape == log_prob.shape and th.allclose(own, log_prob, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -211,3 +227,139 @@ def example_actions(policy: ActorCriticPolicy, rows: int) -> th.Tensor:
     if isinstance(policy.action_space, spaces.Discrete):
         return actions.long()
     return actions.float().reshape(rows, -1)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """
+    Asks a policy about transitions.
+
+    :param policy: that is asked
+    :param unpack: takes the observations of a minibatch apart: what the policy takes as observations, and what it takes
+        besides, by name, as masks
+    :param source: where the action distribution is found, see :func:`find_source`; None where its divergence is not known
+    """
+
+    policy: ActorCriticPolicy
+    unpack: Callable[[Observations], tuple[Any, dict[str, Any]]]
+    source: str | None
+
+    def ask(self, observations: Observations, actions: th.Tensor) -> Evaluation:
+        """
+        Let the policy evaluate actions.
+
+        :param observations: of some transitions
+        :param actions: of the same
+        :return: its answers, with their gradient
+        """
+        inputs, others = self.unpack(observations)
+        return evaluate(self.policy, inputs, actions, self.source, **others)
+
+    def parameters(self, observations: Observations, actions: th.Tensor) -> ActionParameters:
+        """
+        Ask for the policy's action distributions.
+
+        :param observations: of some transitions
+        :param actions: of the same
+        :return: their parameters, with their gradient
+        """
+        return parameters_of(self.ask(observations, actions).distribution())
+
+    def divergence(self, batch: Transitions) -> th.Tensor:
+        """
+        Work out KL(old || new) in each state.
+
+        :param batch: some transitions, with the old distributions
+        :return: in nats, with its gradient, shape (batch,)
+        """
+        return kl_divergence(batch.old, self.parameters(batch.observations, batch.actions))
+
+    def freeze(self, rollout: Transitions) -> Transitions:
+        """
+        Add to a rollout the policy's distributions as they are now, if their divergence is known.
+
+        :param rollout: that the policy has just collected
+        """
+        if self.source is None:
+            return rollout
+        with acting(self.policy):
+            parts = (self.parameters(chunk.observations, chunk.actions) for chunk in rollout.chunks())
+            return rollout._replace(old=concatenate(parts, rollout.size))
+
+    def moved(self, rollout: Transitions) -> tuple[th.Tensor | None, th.Tensor]:
+        """
+        Measure how far the policy is from the one that acted.
+
+        :param rollout: with the distributions of the policy that acted
+        :return: KL(old || new) in each state, in nats, or None where it is not known, and the log of each action's importance
+            ratio, both of shape (n_transitions,)
+        """
+
+        def of(chunk: Transitions) -> tuple[th.Tensor, ...]:
+            evaluation = self.ask(chunk.observations, chunk.actions)
+            log_ratio = evaluation.log_prob - chunk.old_log_prob
+            if chunk.old is None:
+                return (log_ratio,)
+            return log_ratio, kl_divergence(chunk.old, parameters_of(evaluation.distribution()))
+
+        with acting(self.policy):
+            log_ratio, *exact = collect_rows(map(of, rollout.chunks()), rollout.size)
+        return exact[0] if exact else None, log_ratio
+
+
+def actor_and_critic_weights(policy: ActorCriticPolicy, observations: Any, actions: th.Tensor) -> ActorCriticWeights:
+    """
+    Find the weights behind the actions' probabilities and those behind the value.
+
+    :param policy: any that has ``evaluate_actions``
+    :param observations: some, shape (batch, *obs_shape), or one such tensor per key
+    :param actions: any, as ``evaluate_actions`` takes them
+    """
+    with acting(policy), th.enable_grad():
+        values, log_prob, _ = uncompiled(policy.evaluate_actions)(observations, actions)
+    return ActorCriticWeights(weights_behind(policy, [log_prob]), weights_behind(policy, [values]))
+
+
+class _Question(nn.Module):
+    """
+    Something asked of a policy, as a module whose weights :func:`torch.func.functional_call` can exchange.
+
+    :param policy: that is asked
+    :param ask: uses the policy
+    """
+
+    def __init__(self, policy: nn.Module, ask: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.ask = ask
+
+    def forward(self, asked: Any) -> Any:
+        """
+        Ask the policy.
+
+        :param asked: what is handed on
+        :return: the policy's answer
+        """
+        return self.ask(asked)
+
+
+def with_weights_of_now(policy: nn.Module, ask: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """
+    Keep a policy's present weights, to ask it later what it would have answered now.
+
+    :param policy: that moves afterwards
+    :param ask: asks it about something
+    :return: asks it with the weights that are kept, without gradient
+    """
+    question = _Question(policy, ask)
+    saved = policy.state_dict().keys()
+    tensors = itertools.chain(policy.named_parameters(), policy.named_buffers())
+    # What no file has follows from the rest, and is compared by identity
+    kept = {f"policy.{name}": tensor.detach().clone() for name, tensor in tensors if name in saved}
+
+    @th.no_grad()
+    def answer(asked: Any) -> Answer:
+        answered: Answer = th.func.functional_call(question, kept, (asked,))
+        return answered
+
+    return answer

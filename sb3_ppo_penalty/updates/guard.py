@@ -1,7 +1,7 @@
-"""What becomes of an update that moves the policy too far all the same."""
+"""The guard: stop, roll back or repair an update whose KL exceeds a bound."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,13 +11,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_penalty.arguments import require, require_integer, require_number
-from sb3_ppo_penalty.distributed.team import Ranks
-from sb3_ppo_penalty.rollouts.rollout import Minibatch, Rollout
-from sb3_ppo_penalty.updates.step import Roles, Settings, Stepper
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.step import ActorCriticWeights, Descent, Stepper
+from sb3_ppo_penalty.updates.update import Update
 
-#: What may be done
+#: What a guard may do
 ACTIONS = ("stop", "rollback", "fixup")
-#: What may be measured of the states' KL(old || new): the fields of :class:`~.Drift`
+#: What a guard may measure of the states' KL(old || new), with the field of :class:`~.Drift` that has it
 MEASURES = {"mean": "kl", "p99": "kl_p99", "max": "kl_max_state"}
 
 
@@ -68,18 +68,18 @@ class Guard:
 
 
 @dataclass
-class Report:
+class GuardReport:
     """
-    What a guard saw and did in one update.
+    What a guard measured and did in one update.
 
     :param kl: the guard's measure of the states' KL(old || new), as it was last before the guard acted, or after the last
         epoch, in nats
     :param mean_kl: the mean over the same states then, whatever the measure: what a controller is told of an update in which
         the guard acted
-    :param epochs: of the policy that remain
+    :param epochs: number of the policy's epochs that remain in force
     :param acted: whether the bound was exceeded
     :param passes: over the rollout, with steps that do nothing but lower the divergence
-    :param rolled_back: whether the policy is one of before
+    :param rolled_back: whether the policy was set back to an earlier one
     """
 
     kl: float = math.nan
@@ -90,9 +90,9 @@ class Report:
     rolled_back: bool = False
 
 
-class Snapshot:
+class PolicySnapshot:
     """
-    A part of a policy as it is now, with what the optimizer remembers of it.
+    A copy of a part of a policy, with the optimizer's moments of it.
 
     :param policy: is left as it is
     :param names: of weights. The policy's buffers are always part of it: a batch norm's running means move it too
@@ -108,7 +108,7 @@ class Snapshot:
 
     @th.no_grad()
     def restore(self) -> None:
-        """Bring it back, in place."""
+        """Set the policy back to the copy, in place."""
         for tensor, value in zip(self.tensors, self.values, strict=True):
             tensor.copy_(value)
         for weight, moments in zip(self.weights, self.moments, strict=True):
@@ -118,68 +118,49 @@ class Snapshot:
                 self.optimizer.state[weight] = deepcopy(moments)
 
 
-class Watch:
+class GuardedUpdate:
     """
     One update under a guard.
 
-    :param guard: what is done
-    :param policy: being trained
-    :param roles: who uses which of its weights
-    :param rollout: frozen
-    :param settings: of the update, with ``target_kl``
-    :param batch_size: of the minibatches
-    :param drift: how far the policy moved in the states of a rollout, or of what stands for one
-    :param divergence: KL(old || new) in the states of a minibatch, in nats, shape (batch,), with its gradient
-    :param ranks: who train the policy, and do all of this alike
+    :param guard: what is measured and done
+    :param update: that is guarded
+    :param weights: of the actor and of the critic
+    :param target_kl: in nats
     """
 
-    def __init__(
-        self,
-        guard: Guard,
-        policy: ActorCriticPolicy,
-        roles: Roles,
-        rollout: Rollout,
-        settings: Settings,
-        batch_size: int,
-        drift: Callable[[Rollout], Any],
-        divergence: Callable[[Minibatch], th.Tensor],
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, guard: Guard, update: Update, weights: ActorCriticWeights, target_kl: float) -> None:
         self.guard = guard
-        self.policy = policy
-        self.roles = roles
-        self.rollout = rollout
-        self.settings = settings
-        self.batch_size = batch_size
-        self.drift = drift
-        self.divergence = divergence
-        self.ranks = ranks
-        self.bound = guard.max_kl_factor * settings["target_kl"]
-        self.report = Report()
+        self.update = update
+        self.policy = update.policy
+        self.weights = weights
+        self.bound = guard.max_kl_factor * target_kl
+        self.report = GuardReport()
 
-    def steppers(self, n_epochs: int, stepper: Callable[[Settings], Stepper]) -> Iterator[Stepper]:
+    def steppers(self, n_epochs: int) -> Iterator[Stepper]:
         """
+        Give what makes the steps of each epoch; between two of them the policy is measured.
+
         :param n_epochs: of the update
-        :param stepper: makes the steps that the settings ask for
-        :return: what makes the steps of each epoch; between two of them the guard looks at what was made
         """
         # In this order: what a compiled step adds to the optimizer is no part of what was before
-        inside, step = self._last_good(), stepper(self.settings)
+        inside, step = self._last_good(), self.update.stepper(self.update.settings)
         for epoch in range(1, n_epochs + 1):
             yield step
-            self.report.kl, self.report.mean_kl = self._measured(self.rollout)
             self.report.epochs = epoch
+            self.report.kl, self.report.mean_kl = self._measured()
             if not self.report.kl <= self.bound:
                 self._act(inside)
-                yield from self._critic_alone(n_epochs - epoch, stepper)
+                self.update.policy_was_moved()
+                yield from self._critic_alone(n_epochs - epoch)
                 return
-            inside = self._last_good()
+            if epoch < n_epochs:
+                inside = self._last_good()
 
-    def _act(self, inside: Snapshot) -> None:
+    def _act(self, inside: PolicySnapshot) -> None:
         """
-        Do what the guard is for.
+        Stop, roll back or repair.
 
-        :param inside: the last good policy
+        :param inside: the last policy inside the bound
         """
         self.report.acted = True
         if self.guard.action == "stop" or (self.guard.action == "fixup" and self._fix_up()):
@@ -190,54 +171,55 @@ class Watch:
 
     def _fix_up(self) -> bool:
         """
-        Step by step downhill in the divergence alone, on the minibatches that are beyond the bound.
+        Go downhill in the divergence alone, on the minibatches that are beyond the bound.
 
         :return: whether that brought the policy inside
         """
-        descend = self.ranks.descent(self.policy, {**self.settings, "learning": self.roles.actor})
+        settings = self.update.settings._replace(learning=self.weights.actor)
+        descent = Descent(self.policy, settings, self.update.ranks)
         for passes in range(1, self.guard.max_passes + 1):
             self.report.passes = passes
-            for batch in self.ranks.minibatches(self.rollout, self.batch_size, normalize=False):
-                if not self._measured(Rollout(*batch))[0] <= self.bound:
-                    descend(self.divergence(batch).mean(), len(batch.actions))
-            if self._measured(self.rollout)[0] <= self.bound:
+            for batch in self.update.minibatches(normalize=False):
+                if not self._measured(batch)[0] <= self.bound:
+                    descent.differentiate(self.update.evaluator.divergence(batch).mean())
+                    descent.step(batch.size)
+            self.update.policy_was_moved()
+            if self._measured()[0] <= self.bound:
                 return True
         return False
 
-    def _critic_alone(self, n_epochs: int, stepper: Callable[[Settings], Stepper]) -> Iterator[Stepper]:
+    def _critic_alone(self, n_epochs: int) -> Iterator[Stepper]:
         """
+        Give steps that move nothing that the action distribution depends on.
+
         :param n_epochs: that are left
-        :param stepper: makes the steps that the settings ask for
-        :return: steps that move nothing that the policy depends on
         """
         names = [name for name, weight in self.policy.named_parameters() if weight.requires_grad]
-        own = tuple(name for name in names if name not in self.roles.actor)
+        own = tuple(name for name in names if name not in self.weights.actor)
         if not own:
             return
-        held = Snapshot(self.policy, self.roles.actor)
-        step = stepper({**self.settings, "learning": own})
+        held = PolicySnapshot(self.policy, self.weights.actor)
+        step = self.update.stepper(self.update.settings._replace(learning=own))
         for _ in range(n_epochs):
             yield step
-            # No gradient reached the weights; the buffers of what it shares with the critic may have moved
+            # No gradient reached the weights; the buffers of what actor and critic share may have moved
             held.restore()
 
-    def _last_good(self) -> Snapshot:
-        """
-        :return: the policy as it is; with the critic's weights too where they share some, because a critic on another trunk
-            than its own is none
-        """
-        actor, critic = self.roles
-        return Snapshot(self.policy, dict.fromkeys(actor + critic) if set(actor) & set(critic) else actor)
+    def _last_good(self) -> PolicySnapshot:
+        """Copy the actor; with the critic where they share weights, because it is none on another trunk than its own."""
+        actor, critic = self.weights
+        return PolicySnapshot(self.policy, dict.fromkeys(actor + critic) if set(actor) & set(critic) else actor)
 
-    def _measured(self, rollout: Rollout) -> tuple[float, float]:
+    def _measured(self, transitions: Transitions | None = None) -> tuple[float, float]:
         """
         Measure how far the policy is from the old one.
 
-        :param rollout: all of it, or what stands for one
-        :return: the guard's measure of KL(old || new) in its states, and their mean, in nats; infinity where the policy
-            cannot be evaluated any more
+        :param transitions: a part of the rollout; default: all of it
+        :return: the guard's measure of KL(old || new), and its mean, in nats; infinity where the policy cannot be evaluated
+            any more
         """
         if not th.isfinite(nn.utils.get_total_norm(self.policy.parameters())).item():
             return math.inf, math.inf
-        drift = self.drift(rollout)
-        return float(getattr(drift, MEASURES[self.guard.measure])), float(drift.kl)
+        drift = self.update.drift() if transitions is None else self.update.drift_of(transitions)
+        assert drift.kl is not None, "a policy without a known divergence is refused"
+        return float(getattr(drift, MEASURES[self.guard.measure])), drift.kl

@@ -1,33 +1,75 @@
 """One step of the optimizer on one minibatch, operation by operation; ``compiled`` has the same step as one graph."""
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_ppo_penalty.objectives.losses import k3_estimate
-from sb3_ppo_penalty.rollouts.rollout import Minibatch
+from sb3_ppo_penalty.objectives.drift import k3_estimate
+from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.ranks import Ranks
 
-Answer = TypeVar("Answer")
 
-#: What a loss depends on besides the weights and the minibatch. Floats may change from update to update; any other value
-#: shapes the computation: a compiled graph is made for each
-Settings = dict[str, Any]
+class LossSettings(NamedTuple):
+    """
+    What the loss of one update depends on besides the weights and the minibatch.
+
+    Floats may change from update to update; any other value shapes the computation, so a compiled graph is made for each.
+
+    :param clip_range: how far the importance ratio may go from 1 before it stops to pay; None for no clip
+    :param clip_range_vf: how far the critic's prediction may leave the old one; None for no clip
+    :param normalize_advantage: whether each minibatch's advantages are shifted and scaled to mean 0 and deviation 1
+    :param ent_coef: coefficient of the entropy; None where it is 0 and not worked out
+    :param vf_coef: coefficient of the critic's squared error
+    :param distribution: where the action distribution of an evaluation is found, see
+        :func:`~sb3_ppo_penalty.updates.evaluation.find_source`; None where its divergence is not known
+    :param kl_coef: coefficient of the KL penalty; None where there is none
+    :param target_kl: KL(old || new) that the penalty's coefficient aims at, in nats; None where there is no penalty
+    :param kl_penalty: which divergence is charged and how; None where there is no penalty
+    :param max_ratio: where single importance ratios are truncated; None for nowhere
+    """
+
+    clip_range: float | None
+    clip_range_vf: float | None
+    normalize_advantage: bool
+    ent_coef: float | None
+    vf_coef: float
+    distribution: str | None
+    kl_coef: float | None = None
+    target_kl: float | None = None
+    kl_penalty: KLPenalty | None = None
+    max_ratio: float | None = None
+
+
+class StepSettings(NamedTuple):
+    """
+    What an optimizer step of one update depends on besides the gradient.
+
+    :param max_grad_norm: the largest length of the gradient, or one for the actor's and one for the critic's
+    :param actor: names of the actor's weights; None where the gradient is clipped as a whole
+    :param learning: names of the weights that move; None for all that the loss depends on
+    :param stop_kl: estimate of KL(old || new) on a minibatch, in nats, beyond which the update ends; None for never
+    """
+
+    max_grad_norm: float | tuple[float, float]
+    actor: tuple[str, ...] | None = None
+    learning: tuple[str, ...] | None = None
+    stop_kl: float | None = None
 
 
 class Terms(NamedTuple):
     """
-    What a minibatch's loss is made of; scalar tensors but for the last two.
+    The parts of a minibatch's loss; scalar tensors but for the last two.
 
-    :param loss: everything with its coefficient: what is minimised
-    :param surrogate: the policy's objective before any penalty, with its sign turned
-    :param policy: the policy's objective with penalty, with its sign turned
+    :param loss: the sum of all parts with their coefficients, which is minimised
+    :param surrogate: the policy's objective before any penalty, negated
+    :param policy: the policy's objective with the penalty, negated
     :param value: the critic's squared error
     :param log_ratio: log of the importance ratio of every action, shape (batch,)
-    :param entropy: of the policy in every state, or what estimates it, in nats, shape (batch,)
+    :param entropy: of the policy in every state, or an estimate of it, in nats, shape (batch,)
     """
 
     loss: th.Tensor
@@ -37,14 +79,18 @@ class Terms(NamedTuple):
     log_ratio: th.Tensor
     entropy: th.Tensor
 
+    def detached(self) -> "Terms":
+        """Return the same terms without their graph."""
+        return Terms(*(term.detach() for term in self))
+
 
 class Step(NamedTuple):
     """
-    What came of one minibatch. Everything is detached and still on the device: nothing waits for it.
+    The record of one minibatch's step. Everything is detached and still on the device: nothing waits for it.
 
-    :param terms: before the step
-    :param grad_norms: length before it was clipped of each part of the gradient that is clipped by itself, scalars:
-        the whole, or the actor's and the critic's
+    :param terms: of the loss before the step
+    :param grad_norms: length of the gradient before it was clipped, or the actor's and the critic's, scalars; empty if no
+        step was made
     :param stopped: whether the update ends here, and no step was made
     """
 
@@ -53,51 +99,40 @@ class Step(NamedTuple):
     stopped: bool
 
 
-Evaluate = Callable[[Minibatch, Settings], Terms]
-
-
-def minibatch_mean(measure: Callable[[th.Tensor], th.Tensor], values: Sequence[th.Tensor]) -> float:
-    """
-    Mean over minibatches of a mean over each, worked out for all minibatches of one size at once.
-
-    :param measure: takes values of any shape and returns the mean of something, a scalar
-    :param values: of every minibatch, a scalar or of shape (batch,)
-    :return: every minibatch counts the same, also a smaller one
-    """
-    sizes = {value.shape for value in values}
-    groups = [[value for value in values if value.shape == size] for size in sizes]
-    return sum(len(group) * measure(th.stack(group)).item() for group in groups) / len(values)
+#: Evaluates the loss of a minibatch
+Evaluate = Callable[[Transitions, LossSettings], Terms]
 
 
 class Stepper(Protocol):
     """Makes the optimizer's steps of one update."""
 
-    def __call__(self, batch: Minibatch) -> Step:
+    def __call__(self, batch: Transitions) -> Step:
         """
-        :param batch: some transitions
-        :return: what came of it
+        Make one step.
+
+        :param batch: the minibatch to learn from
         """
 
 
-class Roles(NamedTuple):
+class ActorCriticWeights(NamedTuple):
     """
-    Who uses which weights of a policy, by name; a weight of a shared trunk has both roles.
+    Names of the weights behind a policy's two outputs; a weight of a shared trunk stands in both.
 
-    :param actor: those that the distribution of the actions depends on
-    :param critic: those that the value depends on
+    :param actor: weights that the action distribution depends on
+    :param critic: weights that the value depends on
     """
 
     actor: tuple[str, ...]
     critic: tuple[str, ...]
 
 
-def reached(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
+def weights_behind(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
     """
-    Found by differentiation: it holds for networks of any make.
+    Find the weights that some outputs depend on, by differentiation: it holds for networks of any make.
 
-    :param policy: whose weights are asked for
+    :param policy: whose weights are searched
     :param outputs: computed by it, with their graph
-    :return: names of the weights that any of the outputs depends on
+    :return: names of the weights
     """
     weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     sums = [output.sum() for output in outputs if output.requires_grad]
@@ -106,279 +141,131 @@ def reached(policy: nn.Module, outputs: Iterable[th.Tensor]) -> tuple[str, ...]:
     return tuple(name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None)
 
 
-class _Question(nn.Module):
+def clipped_together(names: Iterable[str], settings: StepSettings) -> list[tuple[list[str], Any]]:
     """
-    Something asked of a policy, as a module, whose weights :func:`torch.func.functional_call` can exchange.
+    Group the weights whose gradient is clipped as one: all of them, or the actor's and the critic's.
 
-    :param policy: that is asked
-    :param ask: uses the policy
-    """
-
-    def __init__(self, policy: nn.Module, ask: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.policy = policy
-        self.ask = ask
-
-    def forward(self, observations: Any) -> Any:
-        """
-        :param observations: see the class
-        :return: the policy's answer
-        """
-        return self.ask(observations)
-
-
-def as_of_now(policy: nn.Module, ask: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
-    """
-    Keep a policy's weights of this moment, to ask it later what it would have answered now.
-
-    :param policy: that moves afterwards
-    :param ask: asks it about observations
-    :return: asks it with the weights that are kept, without gradient
-    """
-    question = _Question(policy, ask)
-    saved = policy.state_dict().keys()
-    tensors = itertools.chain(policy.named_parameters(), policy.named_buffers())
-    # What no file has follows from the rest, and is compared by identity
-    kept = {f"policy.{name}": tensor.detach().clone() for name, tensor in tensors if name in saved}
-
-    @th.no_grad()
-    def answer(observations: Any) -> Answer:
-        answered: Answer = th.func.functional_call(question, kept, (observations,))
-        return answered
-
-    return answer
-
-
-def clipped_together(names: Iterable[str], settings: Settings) -> list[tuple[list[str], Any]]:
-    """
     :param names: of weights
-    :param settings: of an update
-    :return: names of the weights whose gradient is clipped as one, and its largest length: all, or actor and critic
+    :param settings: of the step
+    :return: names of each group's weights with the largest length of their gradient
     """
-    limits = settings["max_grad_norm"]
+    limits = settings.max_grad_norm
     if not isinstance(limits, tuple):
         return [(list(names), limits)]
-    actor = settings["actor"]
+    actor = settings.actor or ()
     groups = [name for name in names if name in actor], [name for name in names if name not in actor]
     return list(zip(groups, limits, strict=True))
 
 
 class Descent:
     """
-    Downhill by one step of PyTorch's own optimizer, whatever it is.
+    Step downhill with the policy's own optimizer, by the gradient of all ranks' transitions together.
 
     :param policy: whose weights move
-    :param settings: see :class:`EagerStepper`
+    :param settings: of the steps
+    :param ranks: the processes that train the policy, each of which makes the same step
     """
 
-    def __init__(self, policy: ActorCriticPolicy, settings: Settings) -> None:
+    def __init__(self, policy: ActorCriticPolicy, settings: StepSettings, ranks: Ranks) -> None:
         weights = dict(policy.named_parameters())
-        names = settings["learning"]
+        names = settings.learning
         held = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
         # Those of the optimizer too that are none of the policy's: each once, by identity
         self.all = list({id(weight): weight for weight in (*weights.values(), *held)}.values())
-        # None: whatever the loss depends on
+        #: The weights that get a gradient; None: whatever the loss depends on
         self.learning = None if names is None else [weights[name] for name in names]
+        #: The weights that move, in the order of a gradient over all ranks
+        self.weights = [each for each in (self.all if self.learning is None else self.learning) if each.requires_grad]
         groups = clipped_together(weights if names is None else names, settings)
         self.groups = [([weights[name] for name in group], limit) for group, limit in groups]
         self.optimizer = policy.optimizer
-
-    def __call__(self, loss: th.Tensor) -> tuple[th.Tensor, ...]:
-        """
-        :param loss: scalar, with its graph
-        :return: length of each clipped part of the gradient before it was clipped
-        """
-        self.differentiate(loss)
-        return self.step()
+        self.stop_kl = settings.stop_kl
+        self.ranks = ranks
 
     def differentiate(self, loss: th.Tensor) -> None:
         """
-        :param loss: scalar, with its graph; its gradient is left with the weights
+        Leave the gradient of a loss with the weights.
+
+        :param loss: mean over this rank's transitions, scalar, with its graph
         """
-        # Without a gradient, not with one of 0: the optimizer leaves such a weight and its moments alone
-        for weight in self.all:
-            weight.grad = None
+        self.clear()
         loss.backward(inputs=self.learning)  # type: ignore[no-untyped-call]
 
-    def step(self) -> tuple[th.Tensor, ...]:
-        """:return: length of each clipped part of the weights' gradient before it was clipped."""
+    def clear(self) -> None:
+        """Take the gradient from every weight: without one the optimizer leaves the weight and its moments alone."""
+        for weight in self.all:
+            weight.grad = None
+
+    def step(
+        self, count: int, log_ratio: th.Tensor | None = None, failure: Exception | None = None
+    ) -> tuple[tuple[th.Tensor, ...], bool]:
+        """
+        Average the gradient over all ranks, clip it and step, unless the policy has already moved too far.
+
+        :param count: number of this rank's transitions
+        :param log_ratio: log of their importance ratios, shape (count,); None where nothing may stop the update
+        :param failure: why this rank has no gradient, if it has none
+        :return: lengths of the clipped parts of the gradient before they were clipped, and whether the update ends here on
+            all ranks, with no step made
+        :raises JointError: on all of several ranks, if one of them failed
+        """
+        estimate = None if self.stop_kl is None or log_ratio is None else k3_estimate(log_ratio)
+        estimate = self.ranks.average_gradients(self.weights, count, estimate, failure)
+        # The one place that waits for the device, as early stopping must
+        if self.stop_kl is not None and estimate is not None and estimate.item() > self.stop_kl:
+            return (), True
         # torch's norm of nothing is on the CPU
         device = self.all[0].device
         norms = tuple(nn.utils.clip_grad_norm_(group, limit).to(device) for group, limit in self.groups)
         self.optimizer.step()
-        return norms
+        return norms, False
 
 
 class EagerStepper:
     """
-    The step as PyTorch's own optimizer makes it, whatever that optimizer is.
+    Make the optimizer's steps as PyTorch does, operation by operation, whatever the optimizer is.
 
     :param policy: whose weights move
-    :param evaluate: the loss
-    :param settings: of the loss, with ``max_grad_norm``: one number, or one for the actor and one for the critic, with
-        ``actor``, the names of the actor's weights; ``learning``: the names of the weights that move, or None for all;
-        and ``stop_kl``: the estimate of KL(old || new), in nats, beyond which the update ends, or None
-    """
-
-    def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate, settings: Settings) -> None:
-        self.evaluate = evaluate
-        self.settings = settings
-        self.descend = Descent(policy, settings)
-
-    def __call__(self, batch: Minibatch) -> Step:
-        """
-        :param batch: some transitions
-        :return: what came of it
-        """
-        terms = self.evaluate(batch, self.settings)
-        record = Terms(*(term.detach() for term in terms))
-        limit = self.settings["stop_kl"]
-        # The one place that waits for the device, as early stopping must
-        if limit is not None and k3_estimate(record.log_ratio).item() > limit:
-            return Step(record, (), stopped=True)
-        return Step(record, self.descend(terms.loss), stopped=False)
-
-
-class JointError(RuntimeError):
-    """Raised on all ranks of a distributed training at the same place, because one of them failed there."""
-
-    @classmethod
-    def of(cls, own: Exception | None) -> "JointError":
-        """
-        :param own: what failed here, or None if it was on another rank
-        """
-        elsewhere = "another rank failed in this update: its own message says why"
-        return cls(elsewhere if own is None else f"{type(own).__name__}: {own}")
-
-
-def packed(
-    weights: Sequence[th.Tensor], gradients: Sequence[th.Tensor | None], count: int, estimate: th.Tensor | None
-) -> th.Tensor:
-    """
-    What ranks add up for one step, as one vector: its length depends on nothing but the weights.
-
-    :param weights: that move
-    :param gradients: of the mean loss of some transitions, with respect to each; None where it does not depend on it
-    :param count: number of these transitions
-    :param estimate: of KL(old || new) there, in nats; None where nobody asks
-    :return: ``count`` times the gradients; 1 or 0 for each weight that has one or none; ``count``; ``count`` times the
-        estimate; 0, where a rank that failed has 1
-    """
-    pairs = list(zip(weights, gradients, strict=True))
-    parts = [(th.zeros_like(weight) if found is None else found * count).reshape(-1) for weight, found in pairs]
-
-    def scalar(value: float) -> th.Tensor:
-        return th.full((), value, dtype=weights[0].dtype, device=weights[0].device)
-
-    estimated = scalar(0.0) if estimate is None else estimate * count
-    tail = [*(scalar(float(found is not None)) for found in gradients), scalar(float(count)), estimated, scalar(0.0)]
-    return th.cat([*parts, th.stack(tail)])
-
-
-class SharedDescent:
-    """
-    Downhill by the gradient of all ranks' transitions together, each of which counts the same whichever rank has it.
-
-    :param policy: whose weights move, by the same step on every rank
-    :param settings: see :class:`EagerStepper`
-    :param add_up: replaces a vector by the sum of all ranks' vectors
-    """
-
-    def __init__(self, policy: ActorCriticPolicy, settings: Settings, add_up: Callable[[th.Tensor], None]) -> None:
-        self.descent = Descent(policy, settings)
-        learning = self.descent.all if self.descent.learning is None else self.descent.learning
-        self.weights = [weight for weight in learning if weight.requires_grad]
-        self.sizes = [weight.numel() for weight in self.weights]
-        self.limit = settings["stop_kl"]
-        self.add_up = add_up
-
-    def __call__(self, loss: th.Tensor, count: int) -> tuple[th.Tensor, ...]:
-        """
-        :param loss: mean over some transitions, scalar, with its graph
-        :param count: number of these transitions
-        :return: length of each clipped part of the gradient before it was clipped
-        """
-        return self.step(self.gradient(loss, count, None))[0]
-
-    def gradient(self, loss: th.Tensor, count: int, log_ratio: th.Tensor | None) -> th.Tensor:
-        """
-        :param loss: mean over some transitions, scalar, with its graph
-        :param count: number of these transitions
-        :param log_ratio: of their actions, shape (count,); None where nothing may stop the update
-        :return: see :func:`packed`
-        """
-        self.descent.differentiate(loss)
-        estimate = None if log_ratio is None or self.limit is None else k3_estimate(log_ratio)
-        return packed(self.weights, [weight.grad for weight in self.weights], count, estimate)
-
-    def step(self, vector: th.Tensor | Exception) -> tuple[tuple[th.Tensor, ...], bool]:
-        """
-        :param vector: of this rank, see :func:`packed`, or why there is none
-        :return: length of each clipped part of the gradient before it was clipped; whether the update ends here, on all
-            ranks, and no step was made
-        :raises JointError: on all ranks, if one of them has no vector
-        """
-        failure = vector if isinstance(vector, Exception) else None
-        total = self._failed() if isinstance(vector, Exception) else vector
-        self.add_up(total)
-        *present, count, estimate, failed = total[sum(self.sizes) :].tolist()
-        if failed:
-            raise JointError.of(failure) from failure
-        if self.limit is not None and estimate / count > self.limit:
-            return (), True
-        gradients = (total[: sum(self.sizes)] / count).split(self.sizes)
-        for weight, gradient, there in zip(self.weights, gradients, present, strict=True):
-            weight.grad = gradient.view_as(weight) if there else None
-        return self.descent.step(), False
-
-    def _failed(self) -> th.Tensor:
-        """:return: the vector of a rank that has no gradient to add."""
-        length = sum(self.sizes) + len(self.sizes) + 3
-        vector = th.zeros(length, dtype=self.weights[0].dtype, device=self.weights[0].device)
-        vector[-1] = 1
-        return vector
-
-
-class SharedStepper:
-    """
-    The step of one rank among several: its own gradient, the sum of all, the same step everywhere.
-
-    :param policy: whose weights move
-    :param evaluate: the loss
-    :param settings: see :class:`EagerStepper`
-    :param add_up: replaces a vector by the sum of all ranks' vectors
+    :param evaluate: gives the loss
+    :param loss: settings of the loss
+    :param settings: of the steps
+    :param ranks: the processes that train the policy
     """
 
     def __init__(
-        self, policy: ActorCriticPolicy, evaluate: Evaluate, settings: Settings, add_up: Callable[[th.Tensor], None]
+        self, policy: ActorCriticPolicy, evaluate: Evaluate, loss: LossSettings, settings: StepSettings, ranks: Ranks
     ) -> None:
-        self.policy = policy
         self.evaluate = evaluate
+        self.loss = loss
         self.settings = settings
-        self.descent = SharedDescent(policy, settings, add_up)
-        #: Exchanged where the gradient is compiled
-        self.differentiate: Callable[[Minibatch], tuple[Terms, th.Tensor]] = self.eager_gradient
+        self.descent = Descent(policy, settings, ranks)
+        #: Gives a minibatch's terms, detached, and leaves their gradient with the weights; exchanged where that is compiled
+        self.differentiate: Callable[[Transitions], Terms] = self.differentiate_eagerly
 
-    def eager_gradient(self, batch: Minibatch) -> tuple[Terms, th.Tensor]:
+    def differentiate_eagerly(self, batch: Transitions) -> Terms:
         """
-        :param batch: some transitions of this rank
-        :return: their terms, detached, and what the ranks add up
-        """
-        terms = self.evaluate(batch, self.settings)
-        record = Terms(*(term.detach() for term in terms))
-        return record, self.descent.gradient(terms.loss, len(batch.actions), record.log_ratio)
+        Evaluate a minibatch and leave the gradient of its loss with the weights.
 
-    def __call__(self, batch: Minibatch) -> Step:
+        :param batch: the minibatch
+        :return: the terms of its loss, detached
         """
-        :param batch: some transitions of this rank
-        :return: what came of them and of the other ranks'
-        :raises JointError: on all ranks, if one of them cannot evaluate its transitions
+        terms = self.evaluate(batch, self.loss)
+        self.descent.differentiate(terms.loss)
+        return terms.detached()
+
+    def __call__(self, batch: Transitions) -> Step:
         """
-        vector: th.Tensor | Exception
+        Make one step.
+
+        :param batch: the minibatch to learn from, or this rank's part of it
+        :raises JointError: on all of several ranks, if one of them cannot evaluate its transitions
+        """
+        count = len(batch.actions)
         try:
-            record, vector = self.differentiate(batch)
+            terms = self.differentiate(batch)
         except Exception as error:
-            # Told to the others in the very sum that they are waiting for
-            vector = error
-        norms, stopped = self.descent.step(vector)
-        return Step(record, norms, stopped)
+            # Told to the other ranks in the very sum that they are waiting for
+            self.descent.step(count, failure=error)
+            raise
+        norms, stopped = self.descent.step(count, terms.log_ratio)
+        return Step(terms, norms, stopped)

@@ -397,6 +397,7 @@ def parameters_of_constructor(algorithm_class):
                 "kl_coef_bounds",
                 "kl_controller",
                 "kl_penalty",
+                "max_ratio",
                 "guard",
             ],
         ),

@@ -107,11 +107,11 @@ NO_PENALTY = st.one_of(
     st.dictionaries(st.text(min_size=25), st.integers(), min_size=1, max_size=2),
     st.builds(lambda way: {"direction": way}, st.one_of(NO_NUMBER, NONE).filter(lambda way: way not in DIRECTIONS)),
     st.builds(lambda c: {"cutoff_coef": c}, NO_REAL | NONE | NEGATIVE | INFINITE),
-    st.builds(lambda r: {"max_ratio": r}, NO_REAL | NEGATIVE | INFINITE | st.floats(0, 1)),
     st.builds(lambda b: {"cutoff_coef": 1.0, "per_state": b}, NO_BOOL),
     st.just({"per_state": True}),
 )
 WRONG_PENALTY = {
+    "max_ratio": NO_REAL | NEGATIVE | INFINITE | st.floats(0, 1),
     "kl_min": NO_REAL | NEGATIVE | INFINITE | st.floats(min_value=0.016),
     "kl_max": POSITIVE_OR_NONE | st.floats(0, 0.0066),
     "kl_coef": NO_REAL | NONE | NEGATIVE | ZERO | st.floats(1e-300, 0.99e-3) | st.floats(min_value=1001) | INFINITE,
@@ -305,8 +305,9 @@ def right_penalty(draw) -> dict:
         "kl_penalty": st.one_of(
             st.sampled_from(DIRECTIONS),
             st.builds(lambda c, s: {"cutoff_coef": c, "per_state": s}, st.floats(0.1, 1000), st.booleans()),
-            st.builds(KLPenalty, st.sampled_from(DIRECTIONS), max_ratio=st.floats(1.01, 100)),
+            st.builds(KLPenalty, st.sampled_from(DIRECTIONS), cutoff_coef=st.floats(0.1, 100)),
         ),
+        "max_ratio": NONE | st.floats(1.01, 100),
     }
     names = draw(st.sampled_from([["target_kl"], ["target_kl", "kl_min"], ["target_kl", "kl_max"], list(thresholds)]))
     given_thresholds = {name: way(thresholds[name]) for name in names}

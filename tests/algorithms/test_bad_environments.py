@@ -267,7 +267,7 @@ HANGS = """
 import sys, time
 from pathlib import Path
 
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from environments import Sound
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from test_bad_environments import SMALL
@@ -291,7 +291,7 @@ env.close()
 @pytest.mark.parametrize("algorithm", [PPOPenalty, PPOClip])
 def test_an_environment_that_hangs_on_close_takes_nothing_along(algorithm, tmp_path) -> None:
     """Neither training nor saving closes it; the process that waits for it is killed, and its file is whole."""
-    code = HANGS.format(tests=str(Path(__file__).parent), algorithm=algorithm.__name__)
+    code = HANGS.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], algorithm=algorithm.__name__)
     script = tmp_path / "script.py"
     script.write_text(code)
     with subprocess.Popen([sys.executable, script], cwd=tmp_path, start_new_session=True) as process:

@@ -195,8 +195,8 @@ def test_options_can_be_exchanged_at_load(tmp_path) -> None:
     assert load().kl_penalty == KLPenalty("symmetric")
     assert load(kl_coef=5.0).kl_coef == 5.0
     assert load(kl_coef=5.0).kl_controller.steps == 2
-    other = load(kl_controller="proportional", kl_penalty={"max_ratio": 5.0})
-    assert (other.kl_controller, other.kl_penalty) == (Proportional(), KLPenalty(max_ratio=5.0))
+    other = load(kl_controller="proportional", kl_penalty={"cutoff_coef": 5.0}, max_ratio=3.0)
+    assert (other.kl_controller, other.kl_penalty, other.max_ratio) == (Proportional(), KLPenalty(cutoff_coef=5.0), 3.0)
     assert other.kl_coef == model.kl_coef
     assert load(kl_controller="dual").kl_controller == DualAscent()  # a new one remembers nothing
     other.learn(64)
@@ -307,7 +307,11 @@ def test_a_covariance_rests_at_its_end_where_training_overshoots() -> None:
     assert model.policy.covariance.tolist() == pytest.approx([0.1])
 
 
-@pytest.mark.parametrize("number", [np.float32, np.asarray, th.tensor, lambda x: th.tensor([x]), lambda x: 1], ids=repr)
+@pytest.mark.parametrize(
+    "number",
+    [np.float32, np.asarray, th.tensor, lambda x: th.tensor([x]), lambda x: 1],
+    ids=["numpy", "array", "tensor", "tensor of one", "integer"],
+)
 def test_schedules_may_return_whatever_holds_one_number(number) -> None:
     schedules = {name: lambda p: number(0.125) for name in ("learning_rate", "clip_range", "clip_range_vf", "target_kl")}
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, **schedules, kl_controller=lambda reading: number(0.125))
@@ -453,8 +457,8 @@ def test_the_cutoff_per_state_holds_the_state_that_goes_furthest(tmp_path) -> No
 
 def test_truncation_bounds_the_ratios() -> None:
     largest = []
-    for shape in (KLPenalty(), KLPenalty(max_ratio=1.5)):
+    for max_ratio in (None, 1.5):
         options = {"kl_coef": 1e-3, "kl_controller": "fixed", "learning_rate": 1e-2, "n_epochs": 20, "vf_coef": 0.0}
-        model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, **options}, kl_penalty=shape).learn(64)
+        model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, **options}, max_ratio=max_ratio).learn(64)
         largest.append(model.logger.name_to_value["train/max_ratio"])
     assert largest[0] > 2 * largest[1]

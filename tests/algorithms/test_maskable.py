@@ -26,7 +26,7 @@ from sb3_ppo_penalty import (
     resume,
 )
 from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
-from sb3_ppo_penalty.rollouts.rollout import RewardToGoMixin
+from sb3_ppo_penalty.rollouts.reward_to_go import RewardToGoMixin
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 0, "learning_rate": 3e-3, "policy_kwargs": {"net_arch": [16]}}
 

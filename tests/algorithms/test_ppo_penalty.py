@@ -98,13 +98,14 @@ def test_diagnostics_agree_with_the_rollout() -> None:
 def test_the_99th_percentile_is_what_99_percent_of_the_states_do_not_exceed() -> None:
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**SMALL, "n_steps": 400, "batch_size": 40}, learning_rate=1e-2)
     model.learn(400)
-    frozen = model._freeze_rollout()
+    update = model._new_update()
+    frozen = update.rollout
     with th.no_grad():
         model.policy.action_net.weight.mul_(1.5)
         means, moved = frozen.old.per_state[0], model.policy.get_distribution(frozen.observations).mode()
     # In one dimension with variance 1/2
     kls = np.sort(((means - moved).double() ** 2).numpy().ravel())
-    drift = model._measure_drift(frozen)
+    drift = update.drift()
     assert len(kls) == 400
     assert drift.kl_p99 == pytest.approx(kls[395], rel=1e-4)  # 396 of 400 are no larger
     assert drift.kl_max_state == pytest.approx(kls[399], rel=1e-4)
@@ -129,12 +130,13 @@ def test_a_heavier_penalty_keeps_the_policy_nearer() -> None:
 def test_penalty_pulls_towards_the_old_policy_and_the_old_policy_stays() -> None:
     model = model_with(learning_rate=1e-2)
     model.learn(64)
-    frozen = model._freeze_rollout()
+    update = model._new_update()
+    frozen = update.rollout
     kept = [tensor.clone() for tensor in frozen.old.per_state]
-    batch = next(iter(frozen.minibatches(64)))
+    batch = next(update.minibatches(normalize=False))
 
     def divergence() -> th.Tensor:
-        return model._divergence(batch).mean()
+        return update.evaluator.divergence(batch).mean()
 
     model.policy.zero_grad()
     divergence().backward()
@@ -425,8 +427,12 @@ def test_a_figure_that_is_no_number_is_kept_out_of_json_alone(tmp_path, algorith
 @pytest.mark.parametrize("figure", [math.inf, -math.inf, math.nan, np.float32("nan")])
 def test_no_figure_of_ours_breaks_the_json_log(tmp_path, figure) -> None:
     class Overflown(PPOPenalty):
-        def _measure_drift(self, rollout):
-            return super()._measure_drift(rollout)._replace(kl_estimate=figure, effective_sample_size=figure, max_ratio=figure)
+        def _new_update(self):
+            update = super()._new_update()
+            measured = update.drift
+            changed = {"kl_estimate": figure, "effective_sample_size": figure, "max_ratio": figure}
+            update.drift = lambda: measured()._replace(**changed)
+            return update
 
     rows = lines_of_json(tmp_path, Overflown("MlpPolicy", "Pendulum-v1", **SMALL))
     assert "train/kl" in rows[-1]
@@ -547,7 +553,7 @@ def test_the_robust_preset(env: str) -> None:
     assert model.clip_range is None
     assert (model.kl_controller, model.guard.action) == (Proportional(), "rollback")
     assert isinstance(model.guard, Guard)
-    assert model.kl_penalty == KLPenalty(max_ratio=2)
+    assert model.max_ratio == 2
     model.learn(256)
     bound = model.guard.max_kl_factor * ROBUST["target_kl"]
     assert model.logger.name_to_value["train/kl"] <= bound * (1 + 1e-5)

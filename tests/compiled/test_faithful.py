@@ -23,7 +23,8 @@ from sb3_ppo_penalty.compiled.module_state import module_state
 from sb3_ppo_penalty.compiled.step import AdamOptions, LossModule, StepInputs
 from sb3_ppo_penalty.compiled.trace import StepProgram, trace
 from sb3_ppo_penalty.compiled.worker import CompileWorker
-from sb3_ppo_penalty.distributed.team import session
+from sb3_ppo_penalty.distributed import session
+from sb3_ppo_penalty.updates.step import StepSettings
 
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [8]}
@@ -509,24 +510,25 @@ EVERYTHING = {
     "ent_coef": 0.01,
     "kl_coef": 1.0,
     "target_kl": 0.01,
-    "kl_penalty": {"max_ratio": 2.0, "cutoff_coef": 10.0},
+    "kl_penalty": {"cutoff_coef": 10.0},
+    "max_ratio": 2.0,
     "policy_kwargs": {**TINY, "learn_covariance": True},
 }
 WRONG = {
-    "penalty": lambda given: {"kl_coef": 1.5 * given["kl_coef"]},
+    "penalty": lambda given: {"kl_coef": 1.5 * given.kl_coef},
     "no penalty": lambda given: {"kl_coef": 0.0},
-    "direction": lambda given: {"kl_penalty": replace(given["kl_penalty"], direction="new_old")},
-    "clip": lambda given: {"clip_range": 1.5 * given["clip_range"]},
+    "direction": lambda given: {"kl_penalty": replace(given.kl_penalty, direction="new_old")},
+    "clip": lambda given: {"clip_range": 1.5 * given.clip_range},
     "no clip": lambda given: {"clip_range": None},
-    "truncation": lambda given: {"clip_range": None, "kl_penalty": replace(given["kl_penalty"], max_ratio=3.0)},
-    "no truncation": lambda given: {"clip_range": None, "kl_penalty": replace(given["kl_penalty"], max_ratio=None)},
-    "cutoff": lambda given: {"kl_penalty": replace(given["kl_penalty"], cutoff_coef=15.0)},
-    "no cutoff": lambda given: {"kl_penalty": replace(given["kl_penalty"], cutoff_coef=0.0)},
-    "target": lambda given: {"target_kl": 3.0 * given["target_kl"]},
-    "value clip": lambda given: {"clip_range_vf": 1.5 * given["clip_range_vf"]},
+    "truncation": lambda given: {"clip_range": None, "max_ratio": 3.0},
+    "no truncation": lambda given: {"clip_range": None, "max_ratio": None},
+    "cutoff": lambda given: {"kl_penalty": replace(given.kl_penalty, cutoff_coef=15.0)},
+    "no cutoff": lambda given: {"kl_penalty": replace(given.kl_penalty, cutoff_coef=0.0)},
+    "target": lambda given: {"target_kl": 3.0 * given.target_kl},
+    "value clip": lambda given: {"clip_range_vf": 1.5 * given.clip_range_vf},
     "no value clip": lambda given: {"clip_range_vf": None},
-    "value coefficient": lambda given: {"vf_coef": 1.1 * given["vf_coef"]},
-    "entropy": lambda given: {"ent_coef": 2.0 * given["ent_coef"]},
+    "value coefficient": lambda given: {"vf_coef": 1.1 * given.vf_coef},
+    "entropy": lambda given: {"ent_coef": 2.0 * given.ent_coef},
     "no entropy": lambda given: {"ent_coef": None},
 }
 
@@ -536,14 +538,14 @@ def test_the_check_sees_each_term_by_itself(activation) -> None:
     """A wrong term of the loss is found, also one that vanishes at the old policy, where the KL divergence is 0."""
     options = {**EVERYTHING, "policy_kwargs": {**EVERYTHING["policy_kwargs"], "activation_fn": activation}}
     model = made(**options).learn(64)
-    rollout, given = model._freeze_rollout(), model._settings()
-    batch = next(rollout.minibatches(16))
+    update = model._new_update()
+    batch = next(update.minibatches(normalize=False))
 
     def right(wrong, common) -> bool:
         """Return whether a graph of the loss with wrong settings passes for one with the right ones."""
-        settings = {**given, **common}
-        inputs, adam = StepInputs.for_step(model.policy, settings), AdamOptions.of(model.policy.optimizer)
-        broken = LossModule(model.policy, lambda some, inside: model._evaluate(some, {**inside, **wrong(inside)}))
+        loss = update.loss._replace(**common)
+        inputs, adam = StepInputs.for_step(model.policy, loss, update.settings), AdamOptions.of(model.policy.optimizer)
+        broken = LossModule(model.policy, lambda some, inside: model._evaluate(some, inside._replace(**wrong(inside))))
         program = StepProgram(LossModule(model.policy, model._evaluate), inputs, batch, adam)
         return program.matches(trace(program._replace(module=broken)))
 
@@ -672,6 +674,6 @@ def test_step_counts_are_where_the_weights_are() -> None:
     for weight, device in zip(weights[:2], ("cpu", "meta"), strict=True):
         step = th.tensor(3.0, device=device)
         policy.optimizer.state[weight] = {"step": step, "exp_avg": weight.detach(), "exp_avg_sq": weight.detach()}
-    inputs = StepInputs.for_step(policy, {"learning": None})
+    inputs = StepInputs.for_step(policy, made()._loss_settings(), StepSettings(0.5))
     assert {state["step"].device.type for state in policy.optimizer.state.values()} == {"meta"}
     assert inputs.steps.shape == (len(weights),)

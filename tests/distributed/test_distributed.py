@@ -28,10 +28,12 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty, ResumableCheckpointCallback, resume
-from sb3_ppo_penalty.distributed import team as distributed
-from sb3_ppo_penalty.distributed.team import ALONE, RankError, Ranks, session
-from sb3_ppo_penalty.rollouts.rollout import Rollout
+from sb3_ppo_penalty import PPOClip, PPOPenalty, ResumableCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_penalty.distributed import session
+from sb3_ppo_penalty.distributed.team import Team
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates import ranks as ranks_module
+from sb3_ppo_penalty.updates.ranks import ALONE, RankError, Ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -115,7 +117,7 @@ PARITY: dict[str, tuple[type, str, Case]] = {
         PPOPenalty,
         "Pendulum-v1",
         Case(clip_range=0.3, clip_range_vf=0.5, ent_coef=0.01, max_grad_norm=(0.3, 0.5))
-        | {"kl_penalty": {"cutoff_coef": 10.0, "per_state": True, "max_ratio": 2.0}, "target_kl": 0.001},
+        | {"kl_penalty": {"cutoff_coef": 10.0, "per_state": True}, "max_ratio": 2.0, "target_kl": 0.001},
     ),
     "clip, early stop": (PPOClip, "CartPole-v1", Case(target_kl=0.0005, n_epochs=6)),
     "rollback": (PPOPenalty, "Pendulum-v1", Case(guard="rollback", target_kl=0.0003, n_epochs=5)),
@@ -138,16 +140,16 @@ class Start(BaseCallback):
     def _on_training_start(self) -> None:
         self.weights = {name: tensor.clone() for name, tensor in self.model.policy.state_dict().items()}
         self.orders: list[th.Tensor] = []
-        drawn = Rollout.drawn_order
+        drawn = Transitions.drawn_order
 
-        def noted(rollout: Rollout) -> th.Tensor:
+        def noted(rollout: Transitions) -> th.Tensor:
             self.orders.append(drawn(rollout))
             return self.orders[-1]
 
-        Rollout.drawn_order = noted
+        Transitions.drawn_order = noted
 
         def back() -> None:
-            Rollout.drawn_order = drawn
+            Transitions.drawn_order = drawn
 
         self.back = back
 
@@ -211,7 +213,7 @@ def in_one(case: str, ranks: list[dict[str, Any]], monkeypatch: pytest.MonkeyPat
     for name in ranks[0]["rollout"]:
         setattr(model.rollout_buffer, name, np.concatenate([each["rollout"][name] for each in ranks]))
     model.rollout_buffer.full = True
-    monkeypatch.setattr(Rollout, "drawn_order", lambda rollout: orders.pop(0))
+    monkeypatch.setattr(Transitions, "drawn_order", lambda rollout: orders.pop(0))
     model.train()
     assert orders == []
     return model
@@ -320,7 +322,7 @@ def ten_iterations(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def counted(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    env = make_vec_env(lambda: Known(10, 1.0, True) if ranks.leads else Known(5, 3.0, False), ranks.rank + 1)
+    env = make_vec_env(lambda: Known(10, 1.0, True) if ranks.is_main_process else Known(5, 3.0, False), ranks.rank + 1)
     model = PPOPenalty("MlpPolicy", env, policy_kwargs=TINY, **{**SMALL, "n_steps": 20, "batch_size": 20})
     model.set_logger(configure(str(folder / f"log_{ranks.rank}"), ["csv"]))
     note = Note()
@@ -400,7 +402,7 @@ def normalized_in_part(ranks: Ranks, folder: Path) -> dict[str, Any]:
 def stopping(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Rank 1 stops in the middle of its second rollout."""
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL)
-    note = Note(stop_at_call=10**9 if ranks.leads else 40)
+    note = Note(stop_at_call=10**9 if ranks.is_main_process else 40)
     model.learn(640, note)
     return {"steps": model.num_timesteps, "calls": note.n_calls, "updates": model._n_updates, "state": state_of(model)}
 
@@ -431,7 +433,9 @@ def not_finite(ranks: Ranks, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, reward in (("no number", math.nan), ("too large", 1.9e19)):
         env = gym.make("Pendulum-v1")
-        model = PPOPenalty("MlpPolicy", env if ranks.leads else Bad(env, reward), policy_kwargs=TINY, gamma=0.0, **SMALL)
+        model = PPOPenalty(
+            "MlpPolicy", env if ranks.is_main_process else Bad(env, reward), policy_kwargs=TINY, gamma=0.0, **SMALL
+        )
         model.learn(64)
         before = state_of(model)
         message = outcome_of(lambda model=model: model.learn(64, reset_num_timesteps=False))
@@ -449,7 +453,7 @@ def failing(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
         def broken(*arguments: Any, name: str = name, place: int = place, calls: Any = calls, whole: Any = whole) -> Any:
             calls[0] += 1
-            if not ranks.leads and calls[0] == place:
+            if not ranks.is_main_process and calls[0] == place:
                 raise ArithmeticError(f"{name} is broken")
             return whole(*arguments)
 
@@ -467,7 +471,7 @@ def unlike(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
     class Meddler(BaseCallback):
         def _on_rollout_start(self) -> None:
-            if not ranks.leads:
+            if not ranks.is_main_process:
                 with th.no_grad():
                     self.model.policy.value_net.bias.add_(1e-6)
 
@@ -496,7 +500,7 @@ def unlike(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "buffer": [learn(rollout_buffer_class=OwnGet), outcome_of(lambda: assigned.learn(64))],
         "n_epochs": learn(n_epochs=2 + ranks.rank),
         "kl_coef": learn(kl_coef=1.0 + ranks.rank),
-        "n_steps": learn(n_steps=4, batch_size=2) if ranks.leads else learn(n_steps=64, batch_size=2),
+        "n_steps": learn(n_steps=4, batch_size=2) if ranks.is_main_process else learn(n_steps=64, batch_size=2),
         "cutoff": learn(kl_penalty={"cutoff_coef": 10.0}),
         "meddled": outcome_of(lambda: model.learn(64, Meddler())),
     }
@@ -660,7 +664,7 @@ def three_unequal(ranks: Ranks, folder: Path) -> dict[str, Any]:
     options = {**SMALL, "n_steps": n_steps, "batch_size": batch_size}
     model = PPOPenalty("MlpPolicy", make_vec_env("Pendulum-v1", n_envs), guard="rollback", policy_kwargs=TINY, **options)
 
-    def noted(rollout: Rollout, batch_size: int, normalize: bool) -> Any:
+    def noted(rollout: Transitions, batch_size: int, normalize: bool) -> Any:
         sizes.append([])
         for batch in minibatches(rollout, batch_size, normalize):
             sizes[-1].append(len(batch.actions))
@@ -699,12 +703,12 @@ class Signal(BaseCallback):
 def resumable(ranks: Ranks, folder: Path, how: str) -> dict[str, Any]:
     """Six iterations; rank 1 gets a signal in the fifth, where two checkpoints have been written."""
     callback = ResumableCheckpointCallback(32 * 2, folder / "checkpoints", ranks.name_prefix)
-    path = ranks.latest_checkpoint(folder / "checkpoints")
+    path = latest_checkpoint(folder / "checkpoints", ranks=ranks)
     env = VecNormalize(make_vec_env("Pendulum-v1", 2), norm_obs=False)
     if path is None:
         model: Any = PPOPenalty("MlpPolicy", env, policy_kwargs=TINY, **SMALL)
         left, callbacks = 6 * 128, [callback]
-        if not ranks.leads and how != "whole":
+        if not ranks.is_main_process and how != "whole":
             callbacks.append(Signal(4 * 32 + 10, signal.SIGKILL if how == "killed" else signal.SIGSTOP))
     else:
         model, left = resume(path, env, callback)
@@ -792,7 +796,7 @@ BEGIN = """
 import atexit, sys, weakref
 import torch.distributed as dist
 from sb3_ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.distributed.team import session
+from sb3_ppo_penalty.distributed import session
 
 groups = []
 
@@ -818,7 +822,7 @@ with session():
         """
 with session(timeout=60) as ranks:
     model = train()
-    if not ranks.leads:
+    if not ranks.is_main_process:
         sys.exit(3)
     model.learn(32)
 """,
@@ -861,7 +865,7 @@ def test_alone_nothing_is_initialised_and_nothing_changes(monkeypatch: pytest.Mo
             monkeypatch.setenv(name, value)
         with session() as ranks:
             assert ranks is ALONE
-            assert ranks.leads
+            assert ranks.is_main_process
             assert not dist.is_initialized()
             inside = PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL).learn(96)
         assert alike(state_of(outside), state_of(inside))
@@ -875,37 +879,9 @@ def test_the_timeout_is_a_number() -> None:
 
 def test_a_model_is_trained_in_the_session_it_was_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL)
-    monkeypatch.setattr(distributed, "_current", distributed.Team(0, 2))
+    monkeypatch.setattr(ranks_module, "_current", Team(0, 2))
     with pytest.raises(RuntimeError, match=r"trained where it was made or loaded: inside the same `distributed\.session`"):
         model.learn(32)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_percentiles_by_counting_are_those_by_sorting(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A team of one: what is added up stays as it is."""
-    monkeypatch.setattr(distributed.Team, "_add_up", lambda team, tensor: None)
-    values = th.randn(1000, generator=th.Generator().manual_seed(0)) * scale
-    values[::7] = 0.0
-    values[::11] = values[5]
-    values[3] = float("inf")
-    for place in (1, 2, 499, 500, 501, 990, 1000):
-        assert distributed.Team(0, 1)._at_place(values, place) == values.kthvalue(place).values.item()
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_a_team_of_one_drifts_as_a_single_process(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no divergence is known, and the ranks have nothing but their ratios to exchange."""
-    monkeypatch.setattr(distributed.Team, "_add_up", lambda team, tensor: None)
-    monkeypatch.setattr(distributed.Team, "_sum", lambda team, values: th.tensor(values, dtype=th.float64))
-    monkeypatch.setattr(distributed.Team, "_least", lambda team, values: th.tensor(values, dtype=th.float64))
-    generator = th.Generator().manual_seed(0)
-    kl, log_ratio = th.rand(300, generator=generator) if known else None, th.randn(300, generator=generator)
-    alone, team = (
-        ranks.drift(th.nn.Linear(1, 1), lambda: (kl, log_ratio)) for ranks in (distributed.ALONE, distributed.Team(0, 1))
-    )
-    assert [measure is None for measure in team] == [not known, False, False, False, not known, not known]
-    for ours, theirs in zip(alone, team, strict=True):
-        assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-5)
 
 
 # As a user starts it

@@ -8,6 +8,7 @@ import torch as th
 
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
+from sb3_ppo_penalty.objectives.losses import truncate_ratio
 
 
 def tensor(*values: float) -> th.Tensor:
@@ -30,8 +31,8 @@ NEW = ActionParameters(kl_categorical, (tensor(0, math.log(3)).repeat(2, 1),))
         ("symmetric", KLPenalty(direction="symmetric")),
         ({}, KLPenalty()),
         ({"cutoff_coef": 1000, "per_state": True}, KLPenalty(cutoff_coef=1000.0, per_state=True)),
-        ({"direction": "symmetric", "max_ratio": 10}, KLPenalty("symmetric", max_ratio=10)),
-        (KLPenalty(max_ratio=3.0), KLPenalty(max_ratio=3.0)),
+        ({"direction": "symmetric", "cutoff_coef": 10}, KLPenalty("symmetric", cutoff_coef=10)),
+        (KLPenalty(cutoff_coef=3.0), KLPenalty(cutoff_coef=3.0)),
     ],
 )
 def test_ways_to_ask(choice, expected):
@@ -39,7 +40,7 @@ def test_ways_to_ask(choice, expected):
 
 
 def test_the_default_is_the_articles():
-    names = {"sampled": False, "advantage_weighted": False, "max_ratio": None}
+    names = {"sampled": False, "advantage_weighted": False}
     assert KLPenalty() == KLPenalty(direction="old_new", cutoff_coef=0.0, per_state=False, **names)
 
 
@@ -61,9 +62,6 @@ def test_the_default_is_the_articles():
         pytest.param({"sampled": True, "direction": "new_old"}, "`kl_penalty.direction` must be left out", id="of a sample"),
         pytest.param({"sampled": 1}, "`kl_penalty.sampled` must be True or False, got 1", id="sampled"),
         pytest.param({"advantage_weighted": None}, "`kl_penalty.advantage_weighted` must be True or False", id="weighted"),
-        pytest.param({"max_ratio": 1.0}, "`kl_penalty.max_ratio` must be a finite number above 1 or None", id="ratio 1"),
-        pytest.param({"max_ratio": math.nan}, "`kl_penalty.max_ratio` must be", id="ratio nan"),
-        pytest.param({"max_ratio": "10"}, "`kl_penalty.max_ratio` must be", id="ratio a string"),
         pytest.param({"coef": 1.0}, r"`kl_penalty` must be a KLPenalty, .* a dict of \['direction', 'cut", id="unknown field"),
         pytest.param(None, "`kl_penalty` must be a KLPenalty", id="None"),
         pytest.param(1.0, "`kl_penalty` must be a KLPenalty", id="a number"),
@@ -76,9 +74,9 @@ def test_what_cannot_be_asked_for(choice, message):
 
 
 def test_it_is_a_value():
-    shape = KLPenalty("symmetric", 10.0, True, max_ratio=5.0)
+    shape = KLPenalty("symmetric", 10.0, True)
     assert pickle.loads(pickle.dumps(shape)) == shape
-    assert hash(shape) == hash(KLPenalty("symmetric", 10.0, True, max_ratio=5.0))
+    assert hash(shape) == hash(KLPenalty("symmetric", 10.0, True))
     with pytest.raises(AttributeError):
         shape.cutoff_coef = 0.0
 
@@ -103,8 +101,6 @@ def test_the_direction_is_the_one_asked_for(direction, expected):
         pytest.param(KLPenalty(sampled=True, advantage_weighted=True), [0.5, 1.0], id="sampled and weighted"),
         # KL(old || new) = 0.14384104 times 4 and 0.5
         pytest.param(KLPenalty(advantage_weighted=True), [0.57536414, 0.07192052], id="weighted"),
-        # The charge is on the ratio as it is, not as the surrogate sees it
-        pytest.param(KLPenalty(sampled=True, max_ratio=1.5), [0.125, 2.0], id="not truncated"),
     ],
 )
 def test_what_is_charged(shape, expected):
@@ -117,13 +113,6 @@ def test_a_sampled_charge_asks_for_no_distribution():
         raise AssertionError("asked for the distribution")
 
     KLPenalty(sampled=True).charge(tensor(0.5), tensor(1.0), OLD, never)
-
-
-def test_ratios_are_left_alone_unless_asked():
-    ratio, advantages = tensor(0.5, 100, 100), tensor(1, 1, -1)
-    assert KLPenalty().truncate(ratio, advantages) is ratio
-    # 4 (1 + ln 25)
-    assert KLPenalty(max_ratio=4.0).truncate(ratio, advantages).tolist() == pytest.approx([0.5, 4, 16.8755033])
 
 
 @pytest.mark.parametrize(
@@ -147,11 +136,11 @@ def test_penalized_objective(shape, expected, wrap):
 @pytest.mark.parametrize("per_state", [False, True])
 def test_no_value_decides_what_is_computed(direction, per_state):
     """`vmap` refuses to look at a value: what passes through it can be compiled once for all coefficients and targets."""
-    shape = KLPenalty(direction, cutoff_coef=30.0, per_state=per_state, max_ratio=4.0)
+    shape = KLPenalty(direction, cutoff_coef=30.0, per_state=per_state)
     ratio, advantages = tensor(0.5, 100), tensor(1, -1)
 
     def objective(kl_coef, target_kl):
-        truncated = (shape.truncate(ratio, advantages) * advantages).mean()
+        truncated = (truncate_ratio(ratio, advantages, 4.0) * advantages).mean()
         return shape.penalize(truncated, shape.charge(ratio, advantages, OLD, lambda: NEW), kl_coef, target_kl)
 
     kl_coefs, targets = tensor(0.0, 1.0, 7.0), tensor(0.001, 0.05, 1.0)

@@ -18,7 +18,9 @@ from torch import nn
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.rollouts import rollout
-from sb3_ppo_penalty.rollouts.rollout import IgnoreTimeLimits, RewardToGoRolloutBuffer, Rollout
+from sb3_ppo_penalty.rollouts.reward_to_go import IgnoreTimeLimits, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.ranks import ALONE
 
 
 def collected(env, policy: str = "MlpPolicy", n_steps: int = 48) -> PPOClip:
@@ -42,9 +44,9 @@ ENVIRONMENTS = {
 def test_minibatches_are_those_of_sb3(name: str) -> None:
     env, policy = ENVIRONMENTS[name]
     model = collected(env if isinstance(env, str) else env(), policy)
-    ours = Rollout.of(model.rollout_buffer)
+    ours = Transitions.of(model.rollout_buffer)
     np.random.seed(3)
-    mine = list(ours.minibatches(20))
+    mine = list(ALONE.minibatches(ours, 20, normalize=False))
     np.random.seed(3)
     stock = list(model.rollout_buffer.get(20))
     assert [len(batch.actions) for batch in mine] == [len(batch.actions) for batch in stock]
@@ -61,19 +63,19 @@ def test_minibatches_are_those_of_sb3(name: str) -> None:
 
 
 def test_discrete_actions_are_whole_numbers_in_one_column() -> None:
-    actions = Rollout.of(collected("CartPole-v1").rollout_buffer).actions
+    actions = Transitions.of(collected("CartPole-v1").rollout_buffer).actions
     assert (actions.dtype, actions.shape) == (th.int64, (48,))
 
 
 def test_tensors_share_the_buffers_memory_on_the_cpu() -> None:
     model = collected("Pendulum-v1")
-    ours = Rollout.of(model.rollout_buffer)
+    ours = Transitions.of(model.rollout_buffer)
     assert ours.observations.data_ptr() == model.rollout_buffer.observations.ctypes.data
 
 
 def test_chunks_cover_the_rollout_in_order_and_are_bounded(monkeypatch) -> None:
     model = collected("Pendulum-v1")
-    ours = Rollout.of(model.rollout_buffer)
+    ours = Transitions.of(model.rollout_buffer)
     monkeypatch.setattr(rollout, "CHUNK_BYTES", 3 * 4 * 7)  # seven observations of three floats
     chunks = list(ours.chunks())
     assert [len(chunk.actions) for chunk in chunks] == [7] * 6 + [6]
@@ -85,7 +87,7 @@ def test_chunks_cover_the_rollout_in_order_and_are_bounded(monkeypatch) -> None:
 def test_large_observations_come_one_by_one() -> None:
     big = th.zeros(3, 4, 1024, 1024, dtype=th.uint8)  # 16 MiB each as float32
     column = th.zeros(3)
-    chunks = list(Rollout(big, column, column, column, column, column).chunks())
+    chunks = list(Transitions(big, column, column, column, column, column).chunks())
     assert [len(chunk.actions) for chunk in chunks] == [1, 1, 1]
     assert chunks[0].observations.dtype == th.uint8
 
@@ -98,12 +100,12 @@ def test_old_distribution_does_not_depend_on_the_chunks(rows: int, monkeypatch) 
     _, callback = model._setup_learn(48)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 48)
     monkeypatch.setattr(rollout, "CHUNK_ROWS", rows)
-    frozen = model._freeze_rollout()
+    frozen = model._new_update().rollout
     with th.no_grad():
         means = model.policy.get_distribution(frozen.observations).mode()
     th.testing.assert_close(frozen.old.per_state[0], means, rtol=1e-5, atol=1e-6)
     th.testing.assert_close(frozen.old.shared[0] @ frozen.old.shared[0].T, th.tensor([[0.5, 0.1], [0.1, 0.3]]))
-    batch = next(iter(frozen.minibatches(8)))
+    batch = next(ALONE.minibatches(frozen, 8, normalize=False))
     with th.no_grad():
         again = model.policy.get_distribution(batch.observations).mode()
     th.testing.assert_close(batch.old.per_state[0], again, rtol=1e-5, atol=1e-6)
@@ -305,15 +307,17 @@ class Normed(nn.Module):
 def test_old_distribution_is_the_acting_one_with_dropout_and_batch_norm() -> None:
     model = trained(PPOPenalty, "get", policy="MlpPolicy", policy_kwargs={"activation_fn": Normed}, learning_rate=1e-3)
     assert model.logger.name_to_value["train/kl"] > 0
-    sample = next(model.rollout_buffer.get(16))
-    frozen = model._freeze_rollout()
+    update = model._new_update()
+    np.random.seed(0)
+    sample = next(model.rollout_buffer.get(model.batch_size))
     model.policy.set_training_mode(False)
     with th.no_grad():
         before = model.policy.get_distribution(sample.observations).mode()
         for tensor in (*model.policy.parameters(), *model.policy.buffers()):
             if tensor.is_floating_point():
                 tensor.add_(0.1)
-    th.testing.assert_close(frozen.minibatch(sample).old.per_state[0], before, rtol=1e-5, atol=1e-6)
+    np.random.seed(0)
+    th.testing.assert_close(next(update.sampled()).old.per_state[0], before, rtol=1e-5, atol=1e-6)
 
 
 def test_without_any_minibatch_it_says_so() -> None:

@@ -194,7 +194,7 @@ def test_masked_penalty_says_that_a_clip_stays(load: str, tmp_path: Path) -> Non
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"no archive"):
-        with pytest.raises(ValueError, match="`path` must be a model of PPO"):
+        with pytest.raises(ValueError, match=r"`path`: the file .* wasn't a zip-file"):
             PPOPenalty.load(io.BytesIO(content))
     with pytest.raises(FileNotFoundError):
         PPOPenalty.load(tmp_path / "nothing")

@@ -31,7 +31,7 @@ from torch import nn
 
 import sb3_ppo_penalty
 from sb3_ppo_penalty import ARTICLE_RECIPE, CnnPolicy, MlpPolicy, MultiInputPolicy, PPOClip, PPOPenalty, UnsafeFileError
-from sb3_ppo_penalty.rollouts.rollout import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
+from sb3_ppo_penalty.rollouts.reward_to_go import RewardToGoDictRolloutBuffer, RewardToGoRolloutBuffer
 from sb3_ppo_penalty.saving.safe_load import BUFFERS, IGNORED, POLICIES, _class_among
 
 TINY: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "device": "cpu"}
@@ -146,7 +146,7 @@ ORDINARY = {
     "a controller that remembers, a shaped penalty, a schedule": (
         *(PPOPenalty, "MlpPolicy", pendulum),
         {"kl_controller": "dual", "target_kl": LinearSchedule(0.02, 0.0, 1.0), "policy_kwargs": NET}
-        | {"kl_penalty": {"direction": "symmetric", "cutoff_coef": 10, "per_state": True, "max_ratio": 5}},
+        | {"kl_penalty": {"direction": "symmetric", "cutoff_coef": 10, "per_state": True}, "max_ratio": 5},
     ),
     "a guard, gradients clipped apart": (
         *(PPOPenalty, "MlpPolicy", pendulum),

@@ -234,7 +234,7 @@ Pendulum-v1:
 OWN = """
 Pendulum-v1:
   {n_envs: 9, n_timesteps: 7, policy: MlpPolicy, gamma: 0.5, target_kl: 0.02, kl_coef: 3.0, clip_range: 0.1,
-   kl_controller: dual, kl_penalty: {max_ratio: 5.0}}
+   kl_controller: dual, max_ratio: 5.0}
 """
 
 
@@ -255,7 +255,7 @@ def test_same_policy_shares_all_but_the_objective(same_policy) -> None:
     surrogate = {**shared, "n_epochs": 2, "ent_coef": 0.01}
     clip = {**surrogate, "clip_range": 0.3, "target_kl": 0.05}
     assert same_policy["ppo_clip"] == same_policy["ppo"] == clip
-    penalty = {"kl_coef": 3.0, "kl_controller": "dual", "kl_penalty": {"max_ratio": 5.0}}
+    penalty = {"kl_coef": 3.0, "kl_controller": "dual", "max_ratio": 5.0}
     assert same_policy["ppo_penalty"] == {**surrogate, **penalty, "target_kl": 0.02, "clip_range": 0.1}
     assert same_policy["trpo"] == {**shared, "target_kl": 0.02}
 

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from sb3_ppo_penalty import MlpPolicy, PPOClip, PPOPenalty, register_divergence
 from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
 from sb3_ppo_penalty.objectives import losses
-from sb3_ppo_penalty.rollouts.rollout import Rollout
+from sb3_ppo_penalty.rollouts.rollout import Transitions
 from sb3_ppo_penalty.updates.evaluation import acting, evaluate, example, example_actions, find_source
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 0, "learning_rate": 3e-3}
@@ -133,7 +133,7 @@ def test_actor_and_critic_are_told_apart_behind_a_compiled_method(at, monkeypatc
     model = PPOPenalty(Own, "Pendulum-v1", **pair)
     place = Own if at == "class" else model.policy
     monkeypatch.setattr(place, "evaluate_actions", th.compile(place.evaluate_actions, backend="aot_eager"))
-    actor, critic = model.learn(64)._roles()
+    actor, critic = model.learn(64)._actor_and_critic()
     assert {name.split(".")[1] for name in actor if "mlp" in name} == {"policy_net"}
     assert (len(actor), len(critic)) == (7, 6)
     th.testing.assert_close(weights(model), weights(PPOPenalty(ActorCriticPolicy, "Pendulum-v1", **pair).learn(64)))
@@ -282,7 +282,7 @@ def test_clip_trains_without_a_known_divergence(options, tmp_path) -> None:
 
 def test_pairs_of_gradient_lengths_belong_to_actor_and_critic_of_any_policy() -> None:
     model = PPOClip(BetaPolicy, "Pendulum-v1", **SMALL, max_grad_norm=(0.5, 0.5)).learn(64)
-    actor, critic = model._roles()
+    actor, critic = model._actor_and_critic()
     assert {name.split(".")[0] for name in (*actor, *critic)} == {"mlp_extractor", "action_net", "value_net"}
     assert all("policy_net" in name or "action_net" in name for name in actor)
     assert all("value_net" in name for name in critic)
@@ -410,5 +410,5 @@ class Shapes(gym.Env):
 )
 def test_example_actions_are_shaped_as_a_rollout_s(space) -> None:
     model = PPOClip("MlpPolicy", Shapes(space), n_steps=4, batch_size=4).learn(4)
-    collected, made = Rollout.of(model.rollout_buffer).actions, example_actions(model.policy, rows=4)
+    collected, made = Transitions.of(model.rollout_buffer).actions, example_actions(model.policy, rows=4)
     assert (made.shape, made.dtype) == (collected.shape, collected.dtype)

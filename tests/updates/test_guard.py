@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_ppo_penalty import Guard, PPOPenalty
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_divergence, parameters_of
+from sb3_ppo_penalty.updates.update import Update
 
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 6, "seed": 0}
 TINY = {"net_arch": [16]}
@@ -266,9 +267,9 @@ def test_the_bound_follows_a_schedule_of_the_target() -> None:
 
 def test_no_guard_no_look(monkeypatch) -> None:
     looks = []
-    measure = PPOPenalty._measure_drift
-    monkeypatch.setattr(PPOPenalty, "_measure_drift", lambda self, rollout: looks.append(0) or measure(self, rollout))
-    monkeypatch.setattr(PPOPenalty, "_roles", None)
+    measure = Update.drift_of
+    monkeypatch.setattr(Update, "drift_of", lambda self, rollout: looks.append(0) or measure(self, rollout))
+    monkeypatch.setattr(PPOPenalty, "_actor_and_critic", None)
     model = third()
     assert len(looks) == 1
     assert not [key for key in model.logger.name_to_value if "guard" in key]
