@@ -117,6 +117,28 @@ def test_one_function_one_screen(path: Path) -> None:
     assert [(name, lines) for name, lines in functions_of(path) if lines > 50] == []
 
 
+def test_no_class_is_longer_than_seven_screens() -> None:
+    classes = [
+        (node.name, node.end_lineno - node.lineno + 1)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [(name, lines) for name, lines in classes if lines > 350] == []
+
+
+def test_every_docstring_begins_with_a_sentence() -> None:
+    """The linter demands it of public names; here it is demanded of private ones too."""
+    bare = [
+        f"{path.name}: {getattr(node, 'name', 'module')}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module))
+        if not (ast.get_docstring(node) or "A").lstrip()[:1].isalnum() and not (ast.get_docstring(node) or "").startswith("``")
+    ]
+    assert bare == []
+
+
 @pytest.mark.parametrize("name", [name for name in sb3_ppo_penalty.__all__ if inspect.isclass(getattr(sb3_ppo_penalty, name))])
 def test_public_classes_and_methods_have_docstrings(name: str) -> None:
     cls = getattr(sb3_ppo_penalty, name)

@@ -41,13 +41,13 @@ def _(distribution: MaskableMultiCategoricalDistribution) -> ActionParameters:
 
 class MaskablePPOPenalty(PPOPenalty):
     """
-    :class:`~.PPOPenalty` for environments that tell which actions are allowed.
+    Proximal Policy Optimization with an adaptive KL penalty where some actions are not allowed in some states.
 
     Masks are asked for as by ``sb3_contrib.MaskablePPO``: a method ``action_masks`` of the environment, or its wrapper
     ``ActionMasker``. An action that is not allowed has no probability under either policy, and no part in the divergence.
     sb3-contrib's policies, ``evaluate_policy`` and callbacks for masked actions are used as they are; its files can be loaded.
 
-    The arguments are those of ``PPOPenalty``, with two differences:
+    The arguments are those of :class:`~.PPOPenalty`, with two differences:
 
     :param policy: a ``MaskableActorCriticPolicy`` of sb3-contrib, a subclass of one, or the names that ``MaskablePPO`` takes
     :param batch_size: None stands for the whole rollout, as in ``MaskablePPO``
@@ -162,6 +162,8 @@ class MaskablePPOPenalty(PPOPenalty):
         action_masks: np.ndarray[Any, Any] | None = None,
     ) -> tuple[np.ndarray[Any, Any], tuple[np.ndarray[Any, Any], ...] | None]:
         """
+        Choose actions, as sb3-contrib's ``MaskablePPO`` does.
+
         :param observation: one, or one per environment
         :param state: not used: nothing is recurrent
         :param episode_start: not used

@@ -198,9 +198,10 @@ class PPOPenalty(ProximalAlgorithm):
 
     def _number_at(self, name: str, progress: float) -> float | None:
         """
-        :param name: of an argument that may be a schedule
+        Ask an argument that may be a schedule for its value.
+
+        :param name: of the argument
         :param progress: remaining, from 1 to 0
-        :return: its value then
         :raises ValueError: naming the schedule and the progress, for an answer that is not a number of at least 0
         """
         value: float | Schedule | None = getattr(self, name)
@@ -228,13 +229,13 @@ class PPOPenalty(ProximalAlgorithm):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         """
-        As in SB3; where the learning rate rises, also give the coefficient back what it lost at smaller steps.
+        Set the learning rate; where it rises, give the coefficient back what it lost at smaller steps.
 
         While the rate falls to 0 the coefficient sinks with it: no penalty is light enough for a policy that can hardly move.
         At larger steps, as in a second ``learn``, it would hold nothing. It returns at least to where the divergence was last
         in reach at steps of that size; one that the user has set stays.
 
-        :param optimizers: whose rate is set
+        :param optimizers: SB3's, whose rate is set
         """
         super()._update_learning_rate(optimizers)
         rate = float(self.policy.optimizer.param_groups[0]["lr"])
@@ -296,8 +297,10 @@ class PPOPenalty(ProximalAlgorithm):
 
     def _wanted_kl_coef(self, reading: KLReading) -> float:
         """
+        Ask the controller for the next coefficient.
+
         :param reading: of the update that was just made
-        :return: what the controller asks for; the coefficient as it is where the divergence says nothing
+        :return: the controller's answer; the present coefficient where the divergence is not finite
         :raises ValueError: if that is not a number
         """
         if not math.isfinite(reading.kl):

@@ -183,14 +183,6 @@ class ProximalAlgorithm(LossAlgorithm):
         """
         checks.check_policy(self.policy_class)
 
-    def _check_buffer(self) -> None:
-        """
-        Refuse a buffer that was assigned and cannot be used.
-
-        :raises ValueError: naming it
-        """
-        checks.check_sampling("rollout_buffer", self.rollout_buffer, self._rollout_buffer_classes, self._ranks.size)
-
     def _maybe_recommend_cpu(self, mlp_class_name: str = "ActorCriticPolicy") -> None:
         """
         Warn of a GPU where it is slower, for SB3's MlpPolicy and for the package's.
@@ -249,7 +241,7 @@ class ProximalAlgorithm(LossAlgorithm):
     def _new_update(self) -> Update:
         """Freeze the rollout on the device, with the distributions of the policy that collected it, and take the schedules."""
         buffer = self.rollout_buffer
-        self._check_buffer()
+        checks.check_sampling("rollout_buffer", self.rollout_buffer, self._rollout_buffer_classes, self._ranks.size)
         by_rows = draws_rows(buffer, self._rollout_buffer_classes)
         flat = buffer if by_rows else flat_copy(buffer)
         rollout = Transitions.of(flat)
@@ -366,7 +358,7 @@ class ProximalAlgorithm(LossAlgorithm):
 
         :param total_timesteps: at the end of training
         """
-        self._check_buffer()
+        checks.check_sampling("rollout_buffer", self.rollout_buffer, self._rollout_buffer_classes, self._ranks.size)
         names = ("num_timesteps", "n_epochs", "normalize_advantage", "gamma", "gae_lambda", "compile")
         facts = {name: getattr(self, name) for name in (*names, "observation_space", "action_space")}
         rate = self.lr_schedule(self._current_progress_remaining)

@@ -47,7 +47,7 @@ class StepCounter(BaseCallback):
         self.successes: list[tuple[int, Any]] = []
 
     def _on_step(self) -> bool:
-        """:return: True: go on."""
+        """Count a step, and go on."""
         self.model.num_timesteps += self.others
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
             if "episode" in info:

@@ -97,8 +97,9 @@ def acting(policy: ActorCriticPolicy) -> Iterator[None]:
 
 def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Find the method inside one that was given to ``th.compile``, whose graph tells neither what it makes nor which weights
-    each of its results depends on.
+    Find the method inside one that was given to ``th.compile``.
+
+    Its graph tells neither which distribution it makes nor which weights each of its results depends on.
 
     :param method: of a policy
     :return: the method as it was written; the same if it is not compiled

@@ -24,16 +24,20 @@ MEASURES = {"mean": "kl", "p99": "kl_p99", "max": "kl_max_state"}
 @dataclass(frozen=True)
 class Guard:
     """
-    After each epoch the exact KL(old || new) over the whole rollout is measured; beyond ``max_kl_factor * target_kl`` the
+    Stop, roll back or repair an update whose KL exceeds a bound.
+
+    After each epoch the exact KL(old || new) over the whole rollout is measured. Beyond ``max_kl_factor * target_kl`` the
     policy's part of the update ends, while the critic's epochs go on.
 
-    :param action: where the policy is left. ``"stop"``: where it is. ``"rollback"``: where it was after its last epoch inside
-        the bound, or before the update, with the optimizer's moments of then. ``"fixup"``: inside the bound, brought there by
-        steps that do nothing but lower the divergence of the minibatches that are beyond it (as FixPO,
-        https://arxiv.org/abs/2312.05405, does after every update); by a rollback if ``max_passes`` do not suffice
-    :param max_kl_factor: 4, as in Heess et al. 2017 (https://arxiv.org/abs/1707.02286), whose epochs end there
-    :param measure: of the states' divergences: ``"mean"``, the 99th percentile ``"p99"``, or the largest ``"max"``
-    :param max_passes: over the rollout, of ``"fixup"``
+    :param action: ``"stop"``: the policy stays where it is. ``"rollback"``: it goes back to where it was after its last epoch
+        inside the bound, or before the update, with the optimizer's moments of then. ``"fixup"``: steps that only lower the
+        divergence, on the minibatches that are beyond the bound, bring it inside (as FixPO,
+        https://arxiv.org/abs/2312.05405, does after every update), or a rollback if ``max_passes`` do not suffice
+    :param max_kl_factor: multiple of ``target_kl`` that may not be exceeded; 4, as in Heess et al. 2017
+        (https://arxiv.org/abs/1707.02286)
+    :param measure: figure of the states' divergences that is compared with the bound: ``"mean"``, the 99th percentile
+        ``"p99"``, or the largest ``"max"``
+    :param max_passes: largest number of passes over the rollout for ``"fixup"``
     :raises ValueError: naming the field
     """
 
@@ -52,7 +56,7 @@ class Guard:
     @classmethod
     def of(cls, choice: Any) -> "Guard | None":
         """
-        The guard that was asked for.
+        Make the guard that a user asked for.
 
         :param choice: None, a :class:`Guard`, the name of an action, or a mapping of its fields, as a YAML file has it
         :raises ValueError: naming ``guard`` or the field
