@@ -317,7 +317,7 @@ def test_loggers_agree(features):
     rows = rows_of(out / "progress.csv")
     assert [row["time/total_timesteps"] for row in rows] == [str(512 * number) for number in range(1, 7)]
     accumulator = EventAccumulator(str(out)).Reload()
-    for key in ("train/kl", "train/kl_coef", "train/kl_max", "train/effective_sample_size", "train/max_ratio"):
+    for key in ("train/kl", "train/kl_coef", "train/target_kl_max", "train/effective_sample_size", "train/max_ratio"):
         events = accumulator.Scalars(key)
         assert [event.step for event in events] == [512 * number for number in range(2, 7)]
         assert [event.value for event in events] == pytest.approx([float(row[key]) for row in rows[1:]], rel=1e-6)

@@ -208,7 +208,7 @@ class PPOPenalty(ProximalAlgorithm):
         return schedule_at(name, value, progress) if callable(value) else value
 
     @property
-    def kl_target(self) -> float:
+    def current_target_kl(self) -> float:
         """``target_kl`` in force, in nats."""
         return self._aims(self._current_progress_remaining)[0]
 
@@ -223,7 +223,10 @@ class PPOPenalty(ProximalAlgorithm):
             super()
             ._loss_settings()
             ._replace(
-                kl_coef=float(self.kl_coef), target_kl=self.kl_target, kl_penalty=self.kl_penalty, max_ratio=self.max_ratio
+                kl_coef=float(self.kl_coef),
+                target_kl=self.current_target_kl,
+                kl_penalty=self.kl_penalty,
+                max_ratio=self.max_ratio,
             )
         )
 
@@ -272,7 +275,7 @@ class PPOPenalty(ProximalAlgorithm):
     def _steppers(self, update: Update) -> Iterator[Stepper]:
         if self.guard is None:
             return super()._steppers(update)
-        guarded = GuardedUpdate(self.guard, update, self._actor_and_critic(), self.kl_target)
+        guarded = GuardedUpdate(self.guard, update, self._actor_and_critic(), self.current_target_kl)
         self._guard_report = guarded.report
         return guarded.steppers(self.n_epochs)
 
@@ -290,7 +293,13 @@ class PPOPenalty(ProximalAlgorithm):
         # Half the rate takes a policy a quarter as far in KL, which half the coefficient makes good: the rule's one step
         if reading.kl >= low and self._last_learning_rate >= self._risen_learning_rate / 2:
             self._kl_coef_in_reach = granted
-        figures = {"kl_coef": granted, "kl_coef_change": change, "target_kl": target, "kl_min": low, "kl_max": high}
+        figures = {
+            "kl_coef": granted,
+            "kl_coef_change": change,
+            "target_kl": target,
+            "target_kl_min": low,
+            "target_kl_max": high,
+        }
         if report:
             figures |= {f"guard_{name}": float(figure) for name, figure in vars(report).items()}
         self._record(figures)

@@ -313,7 +313,7 @@ def divergence(comparison: Comparison, results: Results) -> Figure:
         coefficients = updates_of(results, algo, "train/kl_coef")
         if len(coefficients):
             _plot_seeds(below, coefficients, style, algo, single_seeds=True)
-            low, high = (updates_of(results, algo, f"train/{name}").iloc[:, 0] for name in ("kl_min", "kl_max"))
+            low, high = (updates_of(results, algo, f"train/target_{name}").iloc[:, 0] for name in ("kl_min", "kl_max"))
             above.fill_between(low.index, low, high, color=style[0], alpha=0.13, linewidth=0)
             for threshold in (low, high):
                 above.plot(threshold, color=style[0], linewidth=0.9, linestyle="--")

@@ -224,7 +224,7 @@ def test_a_file_from_before_the_options_loads(tmp_path) -> None:
 
 def at(model: PPOPenalty, progress: float) -> tuple[float, ...]:
     model._current_progress_remaining = progress
-    return (model.kl_target, *model.kl_thresholds)
+    return (model.current_target_kl, *model.kl_thresholds)
 
 
 def test_the_target_and_its_band_follow_a_schedule() -> None:
@@ -294,7 +294,7 @@ def test_schedules_rest_at_their_end_where_training_overshoots(schedule, names) 
     for name in names:
         assert model.logger.name_to_value[f"train/{name}"] == 0
     if "target_kl" in names:
-        assert model.kl_target == 0
+        assert model.current_target_kl == 0
     if "kl_max" in names:
         assert model.kl_thresholds == (0, 0)
     model.learn(100, reset_num_timesteps=False)
@@ -316,8 +316,8 @@ def test_schedules_may_return_whatever_holds_one_number(number) -> None:
     schedules = {name: lambda p: number(0.125) for name in ("learning_rate", "clip_range", "clip_range_vf", "target_kl")}
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", **SMALL, **schedules, kl_controller=lambda reading: number(0.125))
     model.learn(64)
-    assert (model.kl_target, model.kl_coef, model.clip_range(0.5)) == (float(number(0.125)),) * 3
-    assert type(model.kl_target) is type(model.kl_coef) is float
+    assert (model.current_target_kl, model.kl_coef, model.clip_range(0.5)) == (float(number(0.125)),) * 3
+    assert type(model.current_target_kl) is type(model.kl_coef) is float
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ def test_the_adaptive_rule_with_the_papers_numbers(kl: float, expected: float, c
     logged = model.logger.name_to_value
     assert model.kl_coef == expected
     assert (logged["train/kl_coef"], logged["train/kl_coef_change"]) == (expected, change)
-    assert logged["train/kl_min"] == pytest.approx(0.01 / 1.5)
-    assert logged["train/kl_max"] == pytest.approx(0.015)
+    assert logged["train/target_kl_min"] == pytest.approx(0.01 / 1.5)
+    assert logged["train/target_kl_max"] == pytest.approx(0.015)
 
 
 def test_explicit_thresholds_override_the_target() -> None:
@@ -373,8 +373,8 @@ def test_logs_all_of_ppos_keys_and_its_own(tmp_path) -> None:
     stock = (
         "entropy_loss policy_gradient_loss value_loss approx_kl clip_fraction loss explained_variance std n_updates clip_range"
     )
-    own = "kl kl_coef kl_coef_change kl_min kl_max kl_estimate effective_sample_size max_ratio clip_range_vf learning_rate"
-    assert {f"train/{key}" for key in f"{stock} {own}".split()} <= set(header)
+    own = "kl kl_coef kl_coef_change target_kl_min target_kl_max kl_estimate effective_sample_size max_ratio clip_range_vf"
+    assert {f"train/{key}" for key in f"{stock} {own} learning_rate".split()} <= set(header)
 
 
 class Still(gym.RewardWrapper):
@@ -541,7 +541,7 @@ def test_the_papers_preset() -> None:
     model = PPOPenalty("MlpPolicy", "Pendulum-v1", **PAPER)
     names = ("n_steps", "learning_rate", "n_epochs", "batch_size", "gamma", "gae_lambda", "kl_coef", "kl_coef_factor")
     assert [getattr(model, name) for name in names] == [2048, 3e-4, 10, 64, 0.99, 0.95, 1, 2]
-    assert (model.kl_target, *model.kl_thresholds) == pytest.approx((0.01, 0.01 / 1.5, 0.01 * 1.5))
+    assert (model.current_target_kl, *model.kl_thresholds) == pytest.approx((0.01, 0.01 / 1.5, 0.01 * 1.5))
     assert (model.clip_range, model.guard, model.kl_penalty) == (None, None, KLPenalty())
     moved = PPOPenalty("MlpPolicy", "Pendulum-v1", **{**PAPER, "target_kl": 0.03})
     assert moved.kl_thresholds == pytest.approx((0.02, 0.045))

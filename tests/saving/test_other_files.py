@@ -91,7 +91,7 @@ def test_a_clip_range_among_custom_objects_holds_where_the_file_has_none(penalty
 def test_penalty_says_what_stock_arguments_mean_to_it(load: str, stock_file: Path) -> None:
     with pytest.warns(UserWarning, match=f"^PPOPenalty opens a file of another algorithm: {CLIP}; {TARGET}$"):
         model = getattr(PPOPenalty, load)(stock_file, pendulum())
-    assert (model.clip_range(1.0), model.kl_target) == (0.2, 0.05)
+    assert (model.clip_range(1.0), model.current_target_kl) == (0.2, 0.05)
     with pytest.warns(UserWarning, match=f": {TARGET}$"):
         model = getattr(PPOPenalty, load)(stock_file, pendulum(), clip_range=None)
     assert model.clip_range is None
@@ -99,7 +99,7 @@ def test_penalty_says_what_stock_arguments_mean_to_it(load: str, stock_file: Pat
         getattr(PPOPenalty, load)(stock_file, pendulum(), target_kl=None, n_epochs=2)
     # Nothing to say where the user has said all
     model = getattr(PPOPenalty, load)(stock_file, pendulum(), clip_range=None, target_kl=0.02)
-    assert (model.clip_range, model.kl_target) == (None, 0.02)
+    assert (model.clip_range, model.current_target_kl) == (None, 0.02)
 
 
 def test_custom_objects_count_as_said(stock_file: Path) -> None:

@@ -472,8 +472,8 @@ def test_every_update_is_logged_at_its_own_step(study) -> None:
     assert updates["time/total_timesteps"].tolist() == [256, 512, 768]  # 4 environments of 64 steps; the last one too
     model = PPOPenalty.load(folder_of(study, "ppo_penalty", 0) / "Pendulum-v1.zip")
     assert updates["train/kl_coef"].iloc[-1] == model.kl_coef
-    assert {"train/kl_min", "train/kl_max", "train/effective_sample_size", "train/clip_fraction"} <= set(log)
-    assert updates["train/kl_max"].tolist() == [0.03] * 3
+    assert {"train/target_kl_min", "train/target_kl_max", "train/effective_sample_size", "train/clip_fraction"} <= set(log)
+    assert updates["train/target_kl_max"].tolist() == [0.03] * 3
 
 
 def test_the_report_has_the_table_the_pictures_and_where_it_comes_from(study) -> None:
@@ -674,7 +674,12 @@ def make_made_up(tmp_path: Path) -> tuple[grid.Comparison, results.Results]:
             row |= {"steps_to_threshold": reached, "steps": 100, "steps_per_second": 1000.0 * (seed + 1)}
             runs.append({**row, "last_batch_return": -90.0, "best_batch_return": -80.0, "source": grid.source_digest()})
             curves += [{"algo": algo, "seed": seed, "steps": 50 * k, "return": value * (3 - k)} for k in range(3)]
-            kl = {"train/kl": 0.01 * (seed + 1), "train/kl_coef": 2.0**seed, "train/kl_min": 0.005, "train/kl_max": 0.02}
+            kl = {
+                "train/kl": 0.01 * (seed + 1),
+                "train/kl_coef": 2.0**seed,
+                "train/target_kl_min": 0.005,
+                "train/target_kl_max": 0.02,
+            }
             own = kl if algo == "ppo_penalty" else {"train/approx_kl": 0.001}
             updates += [{"algo": algo, "seed": seed, "time/total_timesteps": 50 * k, **own} for k in (1, 2)]
     settings = {algo: grid.AlgorithmSettings({"gamma": 0.9}, "made up") for algo in finals}
@@ -778,7 +783,7 @@ def crowd(algos: list[str], seeds: int, out: Path) -> tuple[grid.Comparison, res
             runs[-1] |= {"steps_to_threshold": math.inf, "steps_per_second": 1000.0, "source": grid.source_digest()}
             curves += [{**whose, "steps": 22_500 * k, "return": final - 200 * (5 - k)} for k in range(6)]
             figures = {"train/kl": 0.01, "train/clip_fraction": 0.1, "train/effective_sample_size": 0.9 + 0.01 * seed}
-            figures |= {"train/kl_coef": 1.1, "train/kl_min": 0.005, "train/kl_max": 0.02}
+            figures |= {"train/kl_coef": 1.1, "train/target_kl_min": 0.005, "train/target_kl_max": 0.02}
             updates += [{**whose, "time/total_timesteps": 22_500 * k, **figures} for k in range(1, 6)]
     return comparison, results.Results(*map(pd.DataFrame, (runs, curves, updates)))
 
