@@ -23,7 +23,8 @@ from matplotlib.axes import Axes
 from torch.distributions import Normal
 
 from sb3_ppo_penalty.objectives.divergence import kl_diagonal_gaussian
-from sb3_ppo_penalty.objectives.losses import effective_sample_size, importance_ratio
+from sb3_ppo_penalty.objectives.drift import effective_sample_size
+from sb3_ppo_penalty.objectives.losses import importance_ratio
 
 #: (shift, width) of q: first q moves away from p, then it is narrower or wider than p
 TABLE = (

@@ -254,8 +254,8 @@ def test_schedules_are_followed_and_logged_in_training(tmp_path) -> None:
     rows = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True)
     # logged before the update of the same row: after 1, 2 and 3 quarters
     assert rows["traintarget_kl"][1:].tolist() == pytest.approx([0.025, 0.02, 0.015])
-    assert rows["trainkl_min"][1:].tolist() == pytest.approx([0.007, 0.006, 0.005])
-    assert rows["trainkl_max"][1:].tolist() == [10.0] * 3
+    assert rows["traintarget_kl_min"][1:].tolist() == pytest.approx([0.007, 0.006, 0.005])
+    assert rows["traintarget_kl_max"][1:].tolist() == [10.0] * 3
     model.save(tmp_path / "model.zip")
     loaded = PPOPenalty.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"))
     assert at(loaded, 0.5) == pytest.approx((0.02, 0.006, 10.0))
