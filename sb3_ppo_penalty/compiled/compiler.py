@@ -123,9 +123,8 @@ class Compiler:
             options, inputs = AdamOptions.of(self.policy.optimizer), StepInputs.for_step(self.policy, loss, settings)
             return CompiledStep(self, inputs, options, batch_size, eager, partial(unpack_step, settings))
         inputs = StepInputs.for_gradient(self.policy, loss, settings)
-        eager.differentiate = CompiledStep(
-            self, inputs, None, batch_size, eager.differentiate_eagerly, partial(unpack_gradient, eager.descent)
-        )
+        unpack = partial(unpack_gradient, eager.descent)
+        eager.differentiate = CompiledStep(self, inputs, None, batch_size, eager.differentiate_eagerly, unpack)
         return eager
 
     def can_compile(self) -> bool:

@@ -5,6 +5,8 @@ The optimizer's step on one minibatch as pure functions of tensors, from which t
 place, so that the eager step can take over at any time and saved files are those of an eager model.
 """
 
+from collections.abc import Iterable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch as th
@@ -175,9 +177,7 @@ class StepInputs(NamedTuple):
         def scalar(value: float) -> th.Tensor:
             return th.tensor(value, dtype=th.float32, device=policy.device)
 
-        def with_scalars(numbers: Any) -> Any:
-            return pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, numbers)
-
+        loss, settings = pytree.tree_map(lambda leaf: scalar(leaf) if type(leaf) in (int, float) else leaf, (loss, settings))
         return cls(
             weights={name: weight.detach() for name, weight in learning.items()},
             exp_avg={},
@@ -185,8 +185,8 @@ class StepInputs(NamedTuple):
             steps=th.zeros(0, device=policy.device),
             others={name: tensor for name, tensor in tensors.items() if name not in learning},
             learning_rate=scalar(policy.optimizer.param_groups[0]["lr"]),
-            loss=with_scalars(loss),
-            settings=with_scalars(settings),
+            loss=loss,
+            settings=settings,
         )
 
 
@@ -246,15 +246,11 @@ def gradient_step(inputs: StepInputs, batch: Transitions, loss: LossModule) -> l
     :param inputs: inputs of the step, which do not change
     :param batch: this rank's minibatch
     :param loss: the loss with the policy inside
-    :return: the terms of the loss; and the gradients as one vector, behind which stands 1 or 0 for each weight that has one or
-        none
+    :return: see :func:`unpack_gradient`
     """
     terms, gradients = loss_and_gradients(inputs, batch, loss)
-    with th.no_grad():
-        pairs = [(inputs.weights[name], gradient) for name, gradient in gradients.items()]
-        parts = [(th.zeros_like(weight) if found is None else found).reshape(-1) for weight, found in pairs]
-        present = [th.full((1,), float(found is not None), device=parts[0].device) for _, found in pairs]
-    return [*(term.detach().clone() for term in terms), th.cat([*parts, *present])]
+    found = [gradient for gradient in gradients.values() if gradient is not None]
+    return [*(term.detach().clone() for term in terms), _presence(gradients.values(), inputs.steps.device), *found]
 
 
 def unpack_gradient(descent: Descent, outputs: list[th.Tensor]) -> Terms:
@@ -262,16 +258,26 @@ def unpack_gradient(descent: Descent, outputs: list[th.Tensor]) -> Terms:
     Leave the gradients of :func:`gradient_step` with the weights.
 
     :param descent: steps the weights
-    :param outputs: what it, or its graph, returned
+    :param outputs: what :func:`gradient_step`, or its graph, returned: the terms of the loss; for each weight 1, or 0 if the
+        loss does not depend on it; and the gradients for the others
     :return: the terms of the loss
     """
-    *terms, vector = outputs
+    n_terms = len(Terms._fields)
+    present, *gradients = outputs[n_terms:]
     descent.clear()
-    sizes = [weight.numel() for weight in descent.weights]
-    present = vector[sum(sizes) :].tolist()
-    for weight, gradient, there in zip(descent.weights, th.split(vector[: sum(sizes)], sizes), present, strict=True):
-        weight.grad = gradient.view_as(weight) if there else None
-    return Terms(*terms)
+    for weight, gradient in zip(compress(descent.weights, present.tolist()), gradients, strict=True):
+        weight.grad = gradient
+    return Terms(*outputs[:n_terms])
+
+
+def _presence(values: Iterable[Any], device: th.device) -> th.Tensor:
+    """
+    Return 1 for each value and 0 for each None, as one vector.
+
+    :param values: values, some of which may be None
+    :param device: where to put the vector
+    """
+    return th.stack([th.full((), float(value is not None), device=device) for value in values])
 
 
 def clip_gradients(
@@ -319,7 +325,7 @@ def whole_step(inputs: StepInputs, batch: Transitions, loss: LossModule, options
             new = adam_step(*old[:1], clipped[name], *old[1:], step, inputs.learning_rate, options)
             for before, after in zip(old, new, strict=True):
                 before.copy_(after if stopped is None else th.where(stopped, before, after))
-        moved = th.stack([th.full((), float(name in clipped), device=inputs.steps.device) for name in inputs.exp_avg])
+        moved = _presence(map(clipped.get, inputs.exp_avg), inputs.steps.device)
         inputs.steps.add_(moved if stopped is None else moved * ~stopped)
     # Copies, because a term may be a view of one of the policy's tensors
     outputs = [*(term.detach().clone() for term in terms), *norms]

@@ -21,6 +21,7 @@ from sb3_ppo_penalty.compiled.step import (
 )
 from sb3_ppo_penalty.policies.policies import FixedCovarianceMixin
 from sb3_ppo_penalty.rollouts.rollout import Transitions
+from sb3_ppo_penalty.updates.step import Terms
 
 #: Takes the tensors of a program and returns the program's results
 Graph = Callable[..., list[th.Tensor]]
@@ -186,8 +187,9 @@ def _same_step(program: StepProgram, graph: Graph) -> bool:
     # Adam's mean, not the new weights: Adam moves a weight as far for a gradient that is rounding error as for any other
     gradients, graph_gradients = list(ours.inputs.exp_avg.values()), list(theirs.inputs.exp_avg.values())
     if program.options is None:
-        (*expected, gradient), (*found, graph_gradient) = expected, found
-        gradients, graph_gradients = [gradient], [graph_gradient]
+        start = len(Terms._fields) + 1
+        expected, gradients = expected[:start], expected[start:]
+        found, graph_gradients = found[:start], found[start:]
     # Compared by length: a ReLU's input rounded to the other side of 0 changes single entries by a whole sample's share
     lengths = [gradient.norm() for gradient in gradients]
     bounds = [1e-2 * length + 1e-6 * max(lengths) for length in lengths]

@@ -20,11 +20,12 @@ from sb3_ppo_penalty import MlpPolicy, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
 from sb3_ppo_penalty.compiled.compiler import copy_outputs
 from sb3_ppo_penalty.compiled.module_state import module_state
-from sb3_ppo_penalty.compiled.step import AdamOptions, LossModule, StepInputs
+from sb3_ppo_penalty.compiled.step import AdamOptions, LossModule, StepInputs, gradient_step, unpack_gradient
 from sb3_ppo_penalty.compiled.trace import StepProgram, trace
 from sb3_ppo_penalty.compiled.worker import CompileWorker
 from sb3_ppo_penalty.distributed import session
-from sb3_ppo_penalty.updates.step import StepSettings
+from sb3_ppo_penalty.updates.ranks import ALONE
+from sb3_ppo_penalty.updates.step import EagerStepper, StepSettings
 
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [8]}
@@ -555,6 +556,25 @@ def test_the_check_sees_each_term_by_itself(activation) -> None:
         assert not right(wrong, common), name
     for common in ({}, {"clip_range": None}):
         assert right(lambda inside: {}, common)
+
+
+@pytest.mark.parametrize("learning", [None, "actor"])
+def test_the_compiled_gradient_is_the_one_that_pytorch_leaves_with_the_weights(learning) -> None:
+    """A weight that the loss does not depend on, or that does not learn, has no gradient rather than one of 0."""
+    model = made(policy_kwargs={**TINY, "features_extractor_class": Lab}).learn(32)
+    update, policy = model._new_update(), model.policy
+    settings = update.settings._replace(learning=learning and model._actor_and_critic().actor)
+    batch = next(update.minibatches(normalize=False))
+    eager = EagerStepper(policy, model._evaluate, update.loss, settings, ALONE)
+    expected = eager.differentiate_eagerly(batch)
+    gradients = {name: weight.grad for name, weight in policy.named_parameters()}
+    outputs = gradient_step(StepInputs.for_gradient(policy, update.loss, settings), batch, LossModule(policy, model._evaluate))
+    for weight in policy.parameters():
+        weight.grad = th.ones_like(weight)
+    th.testing.assert_close(unpack_gradient(eager.descent, outputs), expected)
+    for name, weight in policy.named_parameters():
+        assert (weight.grad is None) == ("features_extractor" in name or bool(learning and "value" in name)), name
+        th.testing.assert_close(weight.grad, gradients[name])
 
 
 # Pickles and copies
