@@ -58,9 +58,10 @@ def documents(root: Path) -> list[Path]:
     List the files whose blocks users copy.
 
     :param root: of the repository
-    :return: the README and all of ``docs``
+    :return: the README and all of ``docs`` but what is built from it
     """
-    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    pages = sorted((root / "docs").rglob("*.md"))
+    return [root / "README.md", *[page for page in pages if "_build" not in page.relative_to(root).parts]]
 
 
 def python_blocks(path: Path, root: Path) -> Iterator[Block]:

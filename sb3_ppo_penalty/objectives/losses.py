@@ -87,10 +87,10 @@ def truncate_ratio(ratio: th.Tensor, advantages: th.Tensor, max_ratio: float) ->
 
     ``min(r, c)`` if ``A > 0``, else ``rho(r)``, which is r up to c and ``c (1 + log(r / c))`` beyond. The gradient of rho is
     ``min(r, c)`` times that of ``log pi``: the truncated importance weight of V-trace and ACER (Espeholt et al. 2018,
-    https://arxiv.org/abs/1802.01561; Wang et al. 2017, https://arxiv.org/abs/1611.01224). So no state weighs more than c |A|.
-    As with the clip, the sign of the advantage matters. A better action that is already c times as likely gets no gradient:
-    with a weight of c every epoch would drive it further from the data. A worse one is still pushed back; ``min(r, c)`` for
-    both signs (https://arxiv.org/abs/1912.09729) would leave that to the penalty alone.
+    https://arxiv.org/abs/1802.01561; Wang et al. 2017, https://arxiv.org/abs/1611.01224). So no state weighs more than
+    ``c * |A|``. As with the clip, the sign of the advantage matters. A better action that is already c times as likely gets no
+    gradient: with a weight of c every epoch would drive it further from the data. A worse one is still pushed back;
+    ``min(r, c)`` for both signs (https://arxiv.org/abs/1912.09729) would leave that to the penalty alone.
 
     :param ratio: importance ratios, shape (batch,)
     :param advantages: advantages of the minibatch, shape (batch,)
