@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import json
 import math
 import os
 import re
@@ -483,3 +484,26 @@ def test_scaling_is_measured_and_planned(tmp_path: Path) -> None:
     assert len(planned) == 2
     assert all(0 < float(cell) <= 1 for row in planned for cell in row.split("|")[3:-1])
     assert "which is a plan and not a measurement" in text
+
+
+def test_field_protocol_trains_and_reports(tmp_path):
+    words = ("--steps", "4096", "--seeds", "3", "--out", str(tmp_path), "--n-jobs", "1")
+    run("field_protocol.py", "run", "Pendulum-v1", "--methods", "clip", "sampled", *words, folder=tmp_path)
+    files = sorted((tmp_path / "runs" / "Pendulum-v1").iterdir())
+    assert [path.name for path in files] == ["clip-3.json", "sampled-3.json"]
+    clip, sampled = (json.loads(path.read_text()) for path in files)
+    # 20 whole episodes of 200 steps, 2 of them in the last tenth of training
+    assert len([each for each in clip["curve"] if each is not None]) == 20
+    assert clip["last_tenth"] == pytest.approx(np.mean([each for each in clip["curve"][90:] if each is not None]), rel=1e-4)
+    assert (clip["settings"]["clip_range"], "kl_coef" in clip["updates"]) == (0.2, False)
+    assert sampled["settings"]["kl_penalty"] == {"sampled": True, "advantage_weighted": True}
+    assert len(sampled["without_noise"]) == 20
+    # Started again, nothing is left to do
+    before = [path.stat().st_mtime_ns for path in files]
+    assert run("field_protocol.py", "run", "Pendulum-v1", "--methods", "clip", "sampled", *words, folder=tmp_path) == ""
+    assert [path.stat().st_mtime_ns for path in files] == before
+    run("field_protocol_report.py", "--out", str(tmp_path), folder=tmp_path)
+    table = (tmp_path / "summary.md").read_text()
+    assert f"| the clip, 0.2 (stock PPO) (`clip`) | 1 |  | {clip['last_tenth']:,.0f} |" in table
+    assert len(rows_of(tmp_path / "summary.csv")) == 2
+    assert {"curves.png", "curves.pdf"} <= {path.name for path in tmp_path.iterdir()}
