@@ -22,6 +22,7 @@ html_title = f"{project} {release}"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 add_module_names = False
+maximum_signature_line_length = 100
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 

@@ -1,7 +1,7 @@
 """
 Measure how fast training is beside stock PPO: steps per second, collection and update, compilation, peak memory.
 
-    python examples/benchmark_speed.py                # the README's table, about five minutes
+    python examples/benchmark_speed.py                # the table of docs/guide/speed.md, about five minutes
     python examples/benchmark_speed.py --parts grid   # ... over environments, numbers of environments, batch sizes
     python examples/benchmark_speed.py --parts scale  # ... over the width of the networks and the number of actions
     python examples/benchmark_speed.py --parts memory # peak memory, also for a rollout of images; needs 4 GB
