@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ DIGEST_LENGTH = 64
 TRAILER_LENGTH = len("resumable checkpoint ") + 2 * (16 + 1) + DIGEST_LENGTH
 #: gSDE's exploration matrices, which SB3 keeps outside the policy's ``state_dict``
 NOISE = ("exploration_mat", "exploration_matrices")
+#: Where sb3-contrib's recurrent algorithms keep the states of their memory, which no model file holds
+MEMORY = "_last_lstm_states"
 #: The logger's values that have not been written yet, how many were averaged in each, which outputs leave each out
 LOG = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -47,6 +49,7 @@ class CheckpointState(NamedTuple):
     :param noise: gSDE's exploration matrices, by name
     :param collecting: True before the first step of a rollout, False at the end of training
     :param env: state of the training environments
+    :param memory: states of a recurrent policy's memory after the last step: the actor's and the critic's; else none
     """
 
     algorithm: type[OnPolicyAlgorithm]
@@ -58,6 +61,7 @@ class CheckpointState(NamedTuple):
     noise: dict[str, th.Tensor]
     collecting: bool
     env: VecEnvState
+    memory: Sequence[tuple[th.Tensor, ...]] = ()
 
     @classmethod
     def of(cls, model: OnPolicyAlgorithm, n_calls: int, collecting: bool) -> "CheckpointState":
@@ -83,6 +87,7 @@ class CheckpointState(NamedTuple):
             noise={name: getattr(model.policy.action_dist, name).detach().cpu() for name in NOISE if model.use_sde},
             collecting=collecting,
             env=VecEnvState.of(model.env),
+            memory=_memory_on(getattr(model, MEMORY, ()), th.device("cpu")),
         )
 
 
@@ -122,8 +127,9 @@ class ResumableCheckpointCallback(BaseCallback):
     **What.** ``{name_prefix}_{num_timesteps}_steps.zip`` is a model file of SB3, which ``load`` reads as any other. A further
     entry holds everything else that decides how training goes on: all attributes of the model that SB3 saves, among them
     ``kl_coef`` and the counters; the random generators of Python, numpy and torch; ``VecNormalize``'s statistics and the
-    other VecEnv wrappers; the environments with their wrappers, random generators and spaces; gSDE's noise; the logger's
-    values that have not been written yet; the callback's count of calls. Saving changes nothing in the training.
+    other VecEnv wrappers; the environments with their wrappers, random generators and spaces; gSDE's noise; the states of a
+    recurrent policy's memory; the logger's values that have not been written yet; the callback's count of calls. Saving
+    changes nothing in the training.
 
     **How.** The file is written under a temporary name in the same folder, flushed to the disk and renamed: a process that
     is killed leaves the earlier checkpoints and at most a temporary file, which the next training in the folder removes. Its
@@ -142,10 +148,9 @@ class ResumableCheckpointCallback(BaseCallback):
     arguments.
 
     **Not exact**, after a warning at the first checkpoint, if the environments cannot be pickled (Box2D's cannot): all else
-    is restored, and the environments are reset with new seeds, which follow from the restored generators. Nor is it exact
-    for an algorithm that leaves state out of what it saves, as sb3-contrib's ``RecurrentPPO`` does with its LSTM's. The
-    log's ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks
-    start with their counts at 0.
+    is restored, and the environments are reset with new seeds, which follow from the restored generators. The log's
+    ``time/iterations`` and ``log_interval`` count from the start of each ``learn``, as always in SB3; other callbacks start
+    with their counts at 0.
 
     .. warning::
 
@@ -313,6 +318,8 @@ def resume(
     # Again, because `load` has seeded some of them anew, and has read tuples from JSON, where they are lists
     vars(model).update(state.attributes)
     model.action_space, model.observation_space = venv.action_space, venv.observation_space
+    if state.memory:
+        setattr(model, MEMORY, type(getattr(model, MEMORY))(*_memory_on(state.memory, model.device)))
     if mismatch := state.env.restore(venv):
         raise ArgumentError(f"`env` must be {mismatch}")
     state.random.restore()
@@ -322,6 +329,11 @@ def resume(
         model._last_obs = None
     callback._continue(state)
     return Resumed(model, max(model._total_timesteps - model.num_timesteps, 0))
+
+
+def _memory_on(memory: Sequence[tuple[th.Tensor, ...]], device: th.device) -> list[tuple[th.Tensor, ...]]:
+    """Bring the states of a recurrent policy's memory to a device."""
+    return [tuple(state.to(device) for state in states) for states in memory]
 
 
 def _content_of(model: BaseAlgorithm, state: CheckpointState, number: int) -> bytes:
