@@ -18,6 +18,7 @@ from sb3_ppo_penalty.version import __version__
 
 if TYPE_CHECKING:
     from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
+    from sb3_ppo_penalty.algorithms.recurrent import RecurrentPPOClip, RecurrentPPOPenalty
 
 __all__ = [
     "ARTICLE_RECIPE",
@@ -36,6 +37,8 @@ __all__ = [
     "PPOClip",
     "PPOPenalty",
     "Proportional",
+    "RecurrentPPOClip",
+    "RecurrentPPOPenalty",
     "ResumableCheckpointCallback",
     "ResumableEnv",
     "RewardToGoDictRolloutBuffer",
@@ -59,4 +62,8 @@ def __getattr__(name: str) -> Any:
         from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
 
         return MaskablePPOPenalty
+    if name in ("RecurrentPPOClip", "RecurrentPPOPenalty"):
+        from sb3_ppo_penalty.algorithms import recurrent
+
+        return getattr(recurrent, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

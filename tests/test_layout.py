@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
 #: room -> the foreign packages that it may import beside those of the core
 FOREIGN = {
     "algorithms": {"sb3_contrib"},
+    "policies": {"sb3_contrib"},
     "zoo": {"optuna", "rl_zoo3"},
     "study": {"joblib", "matplotlib", "pandas", "pytablewriter", "ray", "rl_zoo3", "sb3_contrib", "scipy", "tqdm", "yaml"},
 }

@@ -116,7 +116,8 @@ def check_policy(policy_class: Any) -> None:
     """
     evaluate = getattr(policy_class, "evaluate_actions", None)
     suits = evaluate is not None and takes(evaluate, None, None, None) and takes(policy_class, use_sde=False)
-    allowed = "a policy for PPO (sb3_ppo_penalty.MaskablePPOPenalty takes sb3-contrib's maskable ones)"
+    others = "sb3_ppo_penalty.MaskablePPOPenalty takes sb3-contrib's maskable ones, RecurrentPPOPenalty its recurrent ones"
+    allowed = f"a policy for PPO ({others})"
     require(suits, "policy", policy_class, allowed)
 
 

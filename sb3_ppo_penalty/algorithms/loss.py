@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
@@ -31,6 +31,8 @@ class LossAlgorithm(PortableAlgorithm):
     clip_range: Any
     clip_range_vf: float | Schedule | None
     normalize_advantage: bool
+    #: The critic's squared error
+    _value_loss: ClassVar[Callable[..., th.Tensor]] = staticmethod(losses.value_loss)
 
     def _unpacked(self, observations: Observations) -> tuple[Any, dict[str, Any]]:
         """
@@ -68,7 +70,9 @@ class LossAlgorithm(PortableAlgorithm):
 
     def _actor_and_critic(self) -> ActorCriticWeights:
         """Find the weights behind the actions' probabilities and those behind the value."""
-        return actor_and_critic_weights(self.policy, *self._examples())
+        examples, actions = self._examples()
+        observations, others = self._unpacked(examples)
+        return actor_and_critic_weights(self.policy, observations, actions, **others)
 
     def _look_at_policy(self) -> None:
         """Find the policy's action distribution before there is a rollout; the rollout is asked again."""
@@ -137,7 +141,7 @@ class LossAlgorithm(PortableAlgorithm):
         surrogate, objective = self._policy_objective(
             batch, ratio, advantages, settings, lambda: parameters_of(distribution())
         )
-        value_loss = losses.value_loss(values.flatten(), batch.returns, batch.old_values, settings.clip_range_vf)
+        value_loss = self._value_loss(values.flatten(), batch.returns, batch.old_values, settings.clip_range_vf)
         loss = -objective + settings.vf_coef * value_loss
         if settings.ent_coef is not None:
             loss = loss + settings.ent_coef * losses.entropy_loss(entropy, log_prob)

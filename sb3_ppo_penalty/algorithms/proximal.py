@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule
@@ -67,6 +68,8 @@ class ProximalAlgorithm(LossAlgorithm):
     max_grad_norm: Any
     #: Buffer classes whose minibatches are known to be rows of their arrays
     _rollout_buffer_classes: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
+    #: The method that steps through the environments
+    _collect: ClassVar[Callable[..., bool]] = OnPolicyAlgorithm.collect_rollouts
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -217,9 +220,8 @@ class ProximalAlgorithm(LossAlgorithm):
         update_covariance: Any = getattr(self.policy, "update_covariance", None)
         if update_covariance is not None:
             update_covariance(1 - self.num_timesteps / self._total_timesteps)
-        collect = super().collect_rollouts
         with self._get_compiler().acting() if self.compile else nullcontext():
-            return self._ranks.collect(self, callback, lambda own: collect(env, own, rollout_buffer, n_rollout_steps))
+            return self._ranks.collect(self, callback, lambda own: self._collect(env, own, rollout_buffer, n_rollout_steps))
 
     def train(self) -> None:
         """Update the policy from the rollout that was just collected."""

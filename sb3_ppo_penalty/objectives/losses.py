@@ -5,6 +5,8 @@ Symbols: ``r`` is the importance ratio pi(a|s) / pi_old(a|s), ``A`` the advantag
 The article and the paper are named in :mod:`sb3_ppo_penalty.objectives`.
 """
 
+from collections.abc import Callable
+
 import torch as th
 from torch.nn import functional
 
@@ -150,8 +152,23 @@ def quadratic_cutoff(kl: th.Tensor, target_kl: float | th.Tensor, per_state: boo
     return th.relu(excess).square().mean()
 
 
+def mean_square(returns: th.Tensor, values: th.Tensor) -> th.Tensor:
+    """
+    Return ``mean((R - V)^2)`` as ``RecurrentPPO`` works it out: the gradient is rounded otherwise than ``mse_loss`` rounds it.
+
+    :param returns: targets of the prediction, shape (batch,)
+    :param values: predicted values of the states, shape (batch,)
+    :return: scalar, in the squared unit of the returns
+    """
+    return ((returns - values) ** 2).mean()
+
+
 def value_loss(
-    values: th.Tensor, returns: th.Tensor, old_values: th.Tensor, clip_range_vf: float | th.Tensor | None = None
+    values: th.Tensor,
+    returns: th.Tensor,
+    old_values: th.Tensor,
+    clip_range_vf: float | th.Tensor | None = None,
+    squared_error: Callable[[th.Tensor, th.Tensor], th.Tensor] = functional.mse_loss,
 ) -> th.Tensor:
     """
     Return the mean squared error of the critic: ``mean((R - V)^2)``.
@@ -162,11 +179,12 @@ def value_loss(
     :param returns: targets of the prediction, shape (batch,)
     :param old_values: values predicted when the actions were taken, shape (batch,)
     :param clip_range_vf: largest change of a prediction that still counts, in the unit of the returns; None for no clipping
+    :param squared_error: of targets and predictions; their mean is taken already
     :return: scalar, in the squared unit of the returns
     """
     if clip_range_vf is not None:
         values = old_values + _clip(values - old_values, -clip_range_vf, clip_range_vf)
-    return functional.mse_loss(returns, values)
+    return squared_error(returns, values)
 
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:

@@ -88,6 +88,8 @@ class FixedCovarianceMixin(ActorCriticPolicy):
 
     #: Name of the class in saved files; never changes. SB3 writes the attributes of a class beside its pickle, not its name
     saved_as: ClassVar[str]
+    #: Names of the constructor's further arguments in their order
+    argument_names: ClassVar[tuple[str, ...]] = SB3_ARGUMENTS
     covariance: th.Tensor
     _scale: th.Tensor
     _whitening: th.Tensor
@@ -105,7 +107,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # By name from here on, so that a positional `log_std_init` is found
-        kwargs.update(zip(SB3_ARGUMENTS, args, strict=False))
+        kwargs.update(zip(self.argument_names, args, strict=False))
         require(isinstance(learn_covariance, bool), "learn_covariance", learn_covariance, "True or False")
         self.learn_covariance = learn_covariance
         if covariance is not None and "log_std_init" in kwargs:

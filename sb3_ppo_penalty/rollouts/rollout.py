@@ -19,6 +19,8 @@ SHUFFLED_BYTES = 32 * 2**20
 CHUNK_ROWS = 4096
 #: The methods with which SB3's buffers make minibatches
 SAMPLING = ("get", "_get_samples", "swap_and_flatten", "to_torch")
+#: Arrays of sb3-contrib's recurrent buffers: the states of actor's and critic's memory before each step
+MEMORY = ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf")
 
 
 class Transitions(NamedTuple):
@@ -87,6 +89,13 @@ class Transitions(NamedTuple):
         return [*observations, *self[1:6], *(self.old.per_state if self.old else ())]
 
     @property
+    def chunk_rows(self) -> int:
+        """The number of transitions that one pass without gradient may take at a time."""
+        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
+        row_bytes = 4 * sum(tensor[0].numel() for tensor in tensors)
+        return min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)
+
+    @property
     def shared(self) -> tuple[th.Tensor, ...]:
         """The tensors that are the same for all transitions."""
         return self.old.shared if self.old else ()
@@ -135,10 +144,7 @@ class Transitions(NamedTuple):
 
     def chunks(self) -> Iterator["Transitions"]:
         """Go once over the transitions in order, in parts that bound the memory of a pass without gradient."""
-        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
-        row_bytes = 4 * sum(tensor[0].numel() for tensor in tensors)
-        rows = min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)
-        for columns in zip(*(th.split(column, rows) for column in self.columns), strict=True):
+        for columns in zip(*(th.split(column, self.chunk_rows) for column in self.columns), strict=True):
             yield self.with_columns(columns)
 
 
@@ -215,6 +221,11 @@ def _flatten(buffer: RolloutBuffer) -> None:
     names = ["actions", "values", "log_probs", "advantages", "returns"]
     # Also sb3-contrib's masks, which its own `get` has to find flattened
     names += ["action_masks"] if hasattr(buffer, "action_masks") else []
+    # And the states of its memories, which come as (n_steps, n_layers, n_envs, width)
+    states = [name for name in MEMORY if hasattr(buffer, name)]
+    for name in states:
+        setattr(buffer, name, getattr(buffer, name).swapaxes(1, 2))
+    names += [*states, "episode_starts"] if states else []
     for name in names:
         setattr(buffer, name, buffer.swap_and_flatten(getattr(buffer, name)))
     buffer.generator_ready = True

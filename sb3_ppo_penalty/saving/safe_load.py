@@ -69,7 +69,7 @@ KWARGS_CLASSES: dict[str, list[type]] = {
 #: Items of `policy_kwargs` that are True or False
 KWARGS_FLAGS = {
     *("ortho_init", "full_std", "use_expln", "squash_output", "share_features_extractor", "normalize_images"),
-    "learn_covariance",
+    *("learn_covariance", "shared_lstm", "enable_critic_lstm"),
 }
 #: Classes of this package in files of before they had a ``saved_as``: module and first words of the docstring -> name
 EARLIER = {
@@ -140,7 +140,8 @@ def load_safe(
     verbose = arguments.get("verbose", 0)
     env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
     with refusing("data and the arguments passed" if given else "data", Warning):
-        _check_rollout_size(env, arguments, max_bytes)
+        memory = getattr(cls, "_memory_size", lambda policy_kwargs: 0)
+        _check_rollout_size(env, arguments, memory(arguments.get("policy_kwargs") or {}), max_bytes)
         # A policy class may build parts that it then replaces: not more than four times what it keeps
         with _policy_of_at_most(4 * saved.weight_bytes):
             model = cls(env=env, device=device, **arguments)
@@ -177,7 +178,7 @@ def _arguments(cls: type[OnPolicyAlgorithm], entries: dict[str, Any], names: set
     :return: those that the file has, by name
     """
     classes = {
-        "policy": [*POLICIES, *cls.policy_aliases.values()],
+        "policy": [*POLICIES, *cls.policy_aliases.values(), *getattr(cls, "_foreign_policies", ())],
         "rollout_buffer_class": [*BUFFERS, *getattr(cls, "_rollout_buffer_classes", ())],
     }
     readers = READERS | {name: partial(_class_among, list(dict.fromkeys(known))) for name, known in classes.items()}
@@ -352,22 +353,26 @@ OPTIONAL = {"seed", "rollout_buffer_class", "policy_kwargs", *OBJECTS}
 KWARG_READERS: dict[str, Reader] = {
     **{name: partial(_class_by_text, classes) for name, classes in KWARGS_CLASSES.items()},
     **dict.fromkeys(KWARGS_FLAGS, _flag),
-    **dict.fromkeys(("features_extractor_kwargs", "optimizer_kwargs"), _plain_dict),
+    **dict.fromkeys(("features_extractor_kwargs", "optimizer_kwargs", "lstm_kwargs"), _plain_dict),
     "log_std_init": _number,
+    "lstm_hidden_size": partial(_whole, highest=2**20),
+    "n_lstm_layers": partial(_whole, highest=MOST_LAYERS),
     "covariance": _covariance,
     "net_arch": _net_arch,
 }
 
 
-def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], max_bytes: int) -> None:
-    """Check that the rollout buffer that a file asks for takes at most ``max_bytes``."""
+def _check_rollout_size(env: VecEnv, arguments: dict[str, Any], memory_size: int, max_bytes: int) -> None:
+    """Check that the rollout buffer that a file asks for, with so many numbers of memory a step, is not too large."""
     if "n_steps" not in arguments:
         return
     require_integer("n_steps", arguments["n_steps"], 1)
     observation = env.observation_space
     parts: list[Any] = list(observation.spaces.values()) if isinstance(observation, spaces.Dict) else [observation]
     # Beside observation and action: reward, value, log-probability, start, advantage, return, each of 4 bytes
-    transition = sum(math.prod(part.shape) * part.dtype.itemsize for part in [*parts, env.action_space]) + 24
+    transition = sum(math.prod(part.shape) * part.dtype.itemsize for part in [*parts, env.action_space]) + 4 * (
+        6 + memory_size
+    )
     size = arguments["n_steps"] * env.num_envs * transition
     allowed = f"such that a rollout of {env.num_envs} environment(s) takes at most {max_bytes} bytes"
     check(size <= max_bytes, "n_steps", arguments["n_steps"], allowed)

@@ -287,6 +287,14 @@ class Evaluator:
             parts = (self.parameters(chunk.observations, chunk.actions) for chunk in rollout.chunks())
             return rollout._replace(old=concatenate(parts, rollout.size))
 
+    def parts(self, transitions: Transitions) -> Iterator[Transitions]:
+        """
+        Go once over transitions, in parts that the policy can be asked about one by one.
+
+        :param transitions: a rollout or a minibatch
+        """
+        return transitions.chunks()
+
     def moved(self, rollout: Transitions) -> tuple[th.Tensor | None, th.Tensor]:
         """
         Measure how far the policy is from the one that acted.
@@ -304,20 +312,23 @@ class Evaluator:
             return log_ratio, kl_divergence(chunk.old, parameters_of(evaluation.distribution()))
 
         with acting(self.policy):
-            log_ratio, *exact = collect_rows(map(of, rollout.chunks()), rollout.size)
+            log_ratio, *exact = collect_rows(map(of, self.parts(rollout)), rollout.size)
         return exact[0] if exact else None, log_ratio
 
 
-def actor_and_critic_weights(policy: ActorCriticPolicy, observations: Any, actions: th.Tensor) -> ActorCriticWeights:
+def actor_and_critic_weights(
+    policy: ActorCriticPolicy, observations: Any, actions: th.Tensor, **others: Any
+) -> ActorCriticWeights:
     """
     Find the weights behind the actions' probabilities and those behind the value.
 
     :param policy: any that has ``evaluate_actions``
     :param observations: some, shape (batch, *obs_shape), or one such tensor per key
     :param actions: any, as ``evaluate_actions`` takes them
+    :param others: what else the policy takes besides observations, as masks
     """
     with acting(policy), th.enable_grad():
-        values, log_prob, _ = uncompiled(policy.evaluate_actions)(observations, actions)
+        values, log_prob, _ = uncompiled(policy.evaluate_actions)(observations, actions, **others)
     return ActorCriticWeights(weights_behind(policy, [log_prob]), weights_behind(policy, [values]))
 
 
