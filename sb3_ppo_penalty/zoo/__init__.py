@@ -25,7 +25,7 @@ class MissingExtraError(ModuleNotFoundError):
 
 def register() -> None:
     """
-    Make ``ppo_penalty`` and ``ppo_clip`` known to RL Zoo's functions and, in this process, to its commands.
+    Make ``ppo_penalty``, ``ppo_clip`` and ``ppo_penalty_lstm`` known to RL Zoo's functions and, in this process, its commands.
 
     Their classes go into ``rl_zoo3.ALGOS``, their search spaces into RL Zoo's two tables for Optuna, and RL Zoo reads this
     package's hyperparameter files for them unless another file is named. Call it before ``rl_zoo3.train.train()`` and the

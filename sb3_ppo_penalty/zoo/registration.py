@@ -12,13 +12,21 @@ from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty import PPOClip, PPOPenalty, RecurrentPPOPenalty
 from sb3_ppo_penalty.zoo import HYPERPARAMS
 from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo_penalty": PPOPenalty, "ppo_clip": PPOClip}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "ppo_penalty": PPOPenalty,
+    "ppo_clip": PPOClip,
+    "ppo_penalty_lstm": RecurrentPPOPenalty,
+}
 #: Functions that draw an algorithm's hyperparameters for an Optuna trial
-SAMPLERS: dict[str, Sampler] = {"ppo_penalty": sample_ppo_penalty, "ppo_clip": sample_ppo_clip}
+SAMPLERS: dict[str, Sampler] = {
+    "ppo_penalty": sample_ppo_penalty,
+    "ppo_clip": sample_ppo_clip,
+    "ppo_penalty_lstm": sample_ppo_penalty,
+}
 
 
 class Manager(ExperimentManager):

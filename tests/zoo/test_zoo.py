@@ -1,5 +1,6 @@
 """RL Zoo's own commands, in processes of their own, with this package's algorithms."""
 
+import inspect
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import sb3_ppo_penalty
-from sb3_ppo_penalty import ARTICLE_RECIPE, PENDULUM, PPOClip, PPOPenalty, RewardToGoRolloutBuffer, zoo
+from sb3_ppo_penalty import ARTICLE_RECIPE, PENDULUM, PPOClip, PPOPenalty, RecurrentPPOPenalty, RewardToGoRolloutBuffer, zoo
 from sb3_ppo_penalty.__main__ import main
 from sb3_ppo_penalty.zoo.commands import child_command
 
@@ -450,6 +451,21 @@ def test_entry_trains(algo: str, env: str, tmp_path: Path) -> None:
         assert getattr(model, key) == entry[key], key
     assert model.get_vec_normalize_env() is not None or not entry.get("normalize", False)
     assert (model.clip_range is None) == ("clip_range" not in entry and algo == "ppo_penalty")
+
+
+@pytest.mark.parametrize("env", ["CartPoleNoVel-v1", "PendulumNoVel-v1", "CartPole-v1"])
+def test_entry_with_memory_trains(env: str, tmp_path: Path) -> None:
+    experiment = manager("ppo_penalty_lstm", env, tmp_path, hyperparams={"n_steps": 8, "batch_size": 8, "n_epochs": 1})
+    entry = entries("ppo_penalty_lstm").get(env, entries("ppo_penalty_lstm")["default"])
+    model, _ = experiment.setup_experiment()
+    experiment.learn(model)
+    assert type(model) is RecurrentPPOPenalty
+    assert model.num_timesteps == 8 * entry.get("n_envs", 1)
+    assert (model.clip_range, model.target_kl) == (None, entry.get("target_kl", 0.01))
+    assert model.policy.lstm_actor.hidden_size == (256 if env == "CartPole-v1" else 64)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    fitting = HYPERPARAMS_SAMPLER["ppo_penalty_lstm"](FixedTrial({**SHARED, **OF_PENALTY}), 0, 4, {})
+    assert fitting.keys() <= inspect.signature(RecurrentPPOPenalty).parameters.keys()
 
 
 def test_pendulums_entry_is_the_dict_of_the_package(tmp_path: Path) -> None:
