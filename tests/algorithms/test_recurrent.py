@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from environments import Sound
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.buffers import RecurrentRolloutBuffer
@@ -27,7 +28,6 @@ from sb3_ppo_penalty import PPOClip, PPOPenalty, ResumableCheckpointCallback, re
 from sb3_ppo_penalty.algorithms.recurrent import RecurrentPPOClip, RecurrentPPOPenalty
 from sb3_ppo_penalty.policies.recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 from sb3_ppo_penalty.updates.ranks import Ranks
-from tests.environments import Sound
 
 TINY = {"lstm_hidden_size": 8, "net_arch": [8]}
 SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 7, "learning_rate": 3e-3, "policy_kwargs": TINY}

@@ -21,6 +21,7 @@ import torch as th
 import yaml
 from optuna.trial import FixedTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -499,3 +500,10 @@ def test_articles_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
     kept = yaml.unsafe_load((Path(experiment.params_path) / "config.yml").read_text())
     assert {key: kept[key] for key in ARTICLE_RECIPE} == ARTICLE_RECIPE
     assert saved["policy"] == "MlpPolicy"
+
+
+def test_a_linear_schedule_of_rl_zoo_rests_at_its_end_where_training_overshoots():
+    schedule = SimpleLinearSchedule(0.02)
+    model = PPOPenalty("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=1, target_kl=schedule, device="cpu")
+    # Two rollouts of 64 steps: the second goes beyond the 100 that were asked for
+    assert model.learn(100).current_target_kl == 0
