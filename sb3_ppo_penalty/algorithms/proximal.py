@@ -243,9 +243,8 @@ class ProximalAlgorithm(LossAlgorithm):
     def _new_update(self) -> Update:
         """Freeze the rollout on the device, with the distributions of the policy that collected it, and take the schedules."""
         buffer = self.rollout_buffer
-        checks.check_sampling("rollout_buffer", self.rollout_buffer, self._rollout_buffer_classes, self._ranks.size)
-        by_rows = draws_rows(buffer, self._rollout_buffer_classes)
-        flat = buffer if by_rows else flat_copy(buffer)
+        checks.check_sampling("rollout_buffer", buffer, self._rollout_buffer_classes, self._ranks.size)
+        flat = buffer if draws_rows(buffer, self._rollout_buffer_classes) else flat_copy(buffer)
         rollout = Transitions.of(flat)
         rollout = rollout._replace(observations=self._observed(rollout.observations, flat))
         some = rollout.first(LOOKED_AT)
@@ -257,20 +256,22 @@ class ProximalAlgorithm(LossAlgorithm):
         def stepper(settings: StepSettings) -> Stepper:
             return self._stepper(loss, settings, batch_size)
 
-        sampled = None if by_rows else self._sampler(buffer, evaluator)
-        settings = self._step_settings()
+        sampled, settings = self._sampler(rollout, evaluator), self._step_settings()
         return Update(self.policy, rollout, sampled, loss, settings, batch_size, evaluator, self._ranks, stepper)
 
-    def _sampler(self, buffer: RolloutBuffer, evaluator: Evaluator) -> Callable[[], Iterator[Transitions]]:
+    def _sampler(self, rollout: Transitions, evaluator: Evaluator) -> Callable[[], Iterator[Transitions]] | None:
         """
-        Give the minibatches that a buffer makes by a ``get`` of its own.
+        Give the minibatches that the buffer makes by a ``get`` of its own.
 
-        :param buffer: full
+        :param rollout: frozen
         :param evaluator: asks the policy that acted
+        :return: goes once over them; None where minibatches are rows of the rollout
         """
+        if draws_rows(self.rollout_buffer, self._rollout_buffer_classes):
+            return None
         if self.compile and self._get_compiler().refusal is None:
             self._get_compiler().refuse("the rollout buffer has a `get` of its own, whose minibatches may differ in kind")
-        old = with_weights_of_now(self.policy, lambda asked: evaluator.parameters(*asked))
+        get, old = self.rollout_buffer.get, with_weights_of_now(self.policy, lambda asked: evaluator.parameters(*asked))
 
         def take(sample: Any) -> Transitions:
             actions = sample.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else sample.actions
@@ -280,7 +281,7 @@ class ProximalAlgorithm(LossAlgorithm):
             columns = (sample.old_values, sample.old_log_prob, sample.advantages, sample.returns)
             return Transitions(observations, actions, *columns, frozen)
 
-        return lambda: sampled_minibatches(buffer.get, self.batch_size, take)
+        return lambda: sampled_minibatches(get, self.batch_size, take)
 
     def _step_settings(self) -> StepSettings:
         """Give what an optimizer step depends on besides the gradient; a subclass adds its own."""

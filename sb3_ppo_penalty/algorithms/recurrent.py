@@ -41,8 +41,8 @@ from sb3_ppo_penalty.rollouts.sequences import (
     by_name,
     watched_get,
 )
+from sb3_ppo_penalty.updates.evaluation import Evaluator
 from sb3_ppo_penalty.updates.sequences import SequenceEvaluator
-from sb3_ppo_penalty.updates.update import Update
 
 #: Keys that a recurrent policy is not shown among the observations
 BESIDES = {EPISODE_STARTS, SEQUENCE_STARTS, REAL, *STATES}
@@ -201,18 +201,9 @@ class RecurrentAlgorithm(ProximalAlgorithm):
         states = {name: as_tensor(getattr(source, array), device) for name, array in zip(STATES, MEMORY, strict=True)}
         return {**by_name(observations), EPISODE_STARTS: episode_starts, SEQUENCE_STARTS: sequence_starts, **states}
 
-    def _new_update(self) -> Update:
-        """Freeze the rollout as the variant without memory does; the buffer makes the minibatches."""
-        update = super()._new_update()
-        update.sampled = self._sequence_sampler(update.rollout.old)
-        return update
-
-    def _sequence_sampler(self, old: Any) -> Callable[[], Iterator[Transitions]]:
-        """
-        Give the minibatches of sequences that the buffer makes.
-
-        :param old: the action distributions of the policy that acted, one for every step; None where they are not known
-        """
+    def _sampler(self, rollout: Transitions, evaluator: Evaluator) -> Callable[[], Iterator[Transitions]]:
+        # Of sequences, and the buffer makes them all; each step's old distribution is the frozen rollout's
+        old: Any = rollout.old
         get, drawn = watched_get(self.rollout_buffer)
 
         def take(sample: Any) -> Transitions:
