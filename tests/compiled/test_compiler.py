@@ -26,17 +26,6 @@ SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "c
 TINY = {"net_arch": [16]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def worker():
-    """Share one compiling process between all tests, because it takes seconds to start."""
-    shared = CompileWorker()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "CompileWorker", lambda: shared)
-        patch.setattr(shared, "close", lambda: None)
-        yield shared
-    shared.close()
-
-
 @pytest.fixture
 def compiled_here(monkeypatch) -> list[str]:
     """Record what is compiled in the training process instead of the worker."""

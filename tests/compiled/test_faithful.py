@@ -22,24 +22,12 @@ from sb3_ppo_penalty.compiled.compiler import copy_outputs
 from sb3_ppo_penalty.compiled.module_state import module_state
 from sb3_ppo_penalty.compiled.step import AdamOptions, LossModule, StepInputs, gradient_step, unpack_gradient
 from sb3_ppo_penalty.compiled.trace import StepProgram, trace
-from sb3_ppo_penalty.compiled.worker import CompileWorker
 from sb3_ppo_penalty.distributed import session
 from sb3_ppo_penalty.updates.ranks import ALONE
 from sb3_ppo_penalty.updates.step import EagerStepper, StepSettings
 
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [8]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def worker():
-    """Share one compiling process between all tests, because it takes seconds to start."""
-    shared = CompileWorker()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "CompileWorker", lambda: shared)
-        patch.setattr(shared, "close", lambda: None)
-        yield shared
-    shared.close()
 
 
 def made(algorithm=PPOPenalty, compile: bool = False, policy="MlpPolicy", **options):
