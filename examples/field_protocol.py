@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm
+from sb3_ppo_penalty.vec_envs import LeanVecNormalize
 
 OUT = Path(__file__).parent / "results" / "field_protocol"
 #: 488 rollouts of 2,048 steps, as CleanRL counts a million
@@ -139,7 +140,9 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     """
     th.set_num_threads(1)
     algorithm, own = METHODS[method]
-    env = VecNormalize(make_vec_env(env_id, seed=seed), gamma=PROTOCOL["gamma"])
+    # `VecNormalize` over `DummyVecEnv` to the bit, in a quarter of the time
+    own_kwargs = {"gamma": PROTOCOL["gamma"]}
+    env: Any = make_vec_env(env_id, seed=seed, vec_env_cls=LeanVecNormalize, vec_env_kwargs=own_kwargs)  # type: ignore[arg-type]
     model: Any = algorithm(ActorCriticPolicy, env, **PROTOCOL, **own, seed=seed, compile=steps >= COMPILED_FROM, device="cpu")
     model.set_logger(Logger(folder=None, output_formats=[]))
     recorder = Recorder()
