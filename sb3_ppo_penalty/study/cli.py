@@ -32,8 +32,9 @@ ALGORITHM_PATTERN = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
 EPILOG = f"""\
 settings:
   ppo_penalty and ppo_clip take this package's tuned entry for the environment, ppo and trpo RL Zoo's. Other entries:
-  --conf-file, in RL Zoo's YAML format. Single values: --hyperparams, as Python literals (1e-3, True) or as RL Zoo's strings
-  (lin_0.001, "dict(covariance=0.3)"). Both take an algorithm's name in front, or hold for all of them.
+  --conf-file, in RL Zoo's YAML format, or field_protocol, which has those of published MuJoCo results (--n-timesteps 999424).
+  Single values: --hyperparams, as Python literals (1e-3, True) or as RL Zoo's strings (lin_0.001, "dict(covariance=0.3)").
+  Both take an algorithm's name in front, or hold for all of them.
 
 variants:
   One algorithm with several settings, each under a name of its own:
@@ -78,7 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     where += "one of this machine; default: %(default)s)"
     add("--backend", default=LOCAL, choices=[LOCAL, RAY], help=where)
     add("--out", metavar="FOLDER", help="default: runs/ and the environment's name, here runs/pendulum")
-    add("--conf-file", nargs="+", default=[], metavar="[ALGO:]FILE", help="hyperparameters, YAML as in RL Zoo")
+    add(
+        "--conf-file",
+        nargs="+",
+        default=[],
+        metavar="[ALGO:]FILE",
+        help="hyperparameters, YAML as in RL Zoo, or field_protocol",
+    )
     add("--hyperparams", nargs="+", default=[], metavar="[ALGO:]KEY=VALUE", help="overwrite single hyperparameters")
     same = "every algorithm gets this package's fixed-covariance policy, and all settings that are not its objective's, from "
     same += "the entry of ALGO (%(const)s if not said), so that only the objective differs; ppo_article stays as it is"

@@ -218,7 +218,7 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> AlgorithmSetting
 
     :param algo: name of the algorithm
     :param env: id of the environment
-    :param conf_file: YAML file in RL Zoo's format; None for this package's own file or RL Zoo's
+    :param conf_file: YAML file in RL Zoo's format, or ``field_protocol``; None for this package's own file or RL Zoo's
     :return: the entry that fits best, see :func:`closest_entry`
     :raises ValueError: if the file cannot be read or no entry fits
     """
@@ -226,7 +226,7 @@ def zoo_settings(algo: str, env: str, conf_file: str | None) -> AlgorithmSetting
     path = (zoo.HYPERPARAMS if own else Path(rl_zoo3.__file__).parent / "hyperparams") / f"{base_algorithm(algo)}.yml"
     said = f"{'sb3_ppo_penalty.zoo' if own else 'rl_zoo3'}'s {path.name}"
     if conf_file is not None:
-        path, said = Path(conf_file), conf_file
+        path, said = Path(zoo.entries_file(conf_file, base_algorithm(algo))), conf_file
     try:
         entries = yaml.safe_load(path.read_text())
         key = closest_entry(entries, env)

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch as th
-from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -20,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_ppo_penalty.study.algorithms import ALGORITHMS, base_algorithm
 from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Run, prepare, source_digest
+from sb3_ppo_penalty.zoo.registration import Manager
 
 #: Names of the files in a run's folder
 SETTINGS, RESULT, STEPS = "settings.json", "result.json", "steps"
@@ -33,7 +33,7 @@ class OrphanedError(RuntimeError):
     """Raised in a run when the process that asked for it has ended."""
 
 
-class Experiment(ExperimentManager):
+class Experiment(Manager):
     """
     RL Zoo's experiment manager, with hyperparameters that are given instead of looked up.
 

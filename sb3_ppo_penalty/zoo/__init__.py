@@ -5,6 +5,8 @@ from pathlib import Path
 
 #: Folder with a YAML file for each algorithm, named after it, in RL Zoo's format
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
+#: Name for ``--conf-file`` of the settings that the field publishes its MuJoCo results with
+FIELD_PROTOCOL = "field_protocol"
 #: Modules that RL Zoo's commands import; RL Zoo does not declare the last two as dependencies
 REQUIRED = ("rl_zoo3", "requests", "pandas")
 
@@ -21,6 +23,18 @@ class MissingExtraError(ModuleNotFoundError):
     def __init__(self, what: str, *names: str, extra: str = "zoo") -> None:
         sentence = f'{what} cannot run without {" and ".join(names)}: pip install "sb3_ppo_penalty[{extra}]"'
         super().__init__(sentence, name=names[0])
+
+
+def entries_file(conf_file: str, algo: str) -> str:
+    """
+    Find the file of hyperparameters that ``--conf-file`` means.
+
+    :param conf_file: a YAML file, a module, or the name of a set of settings that comes with this package
+    :param algo: RL Zoo's name of the algorithm
+    :return: this package's file of that set for the algorithm, else what was given
+    """
+    own = HYPERPARAMS / conf_file / f"{algo}.yml"
+    return str(own) if conf_file == FIELD_PROTOCOL and own.exists() else conf_file
 
 
 def register() -> None:

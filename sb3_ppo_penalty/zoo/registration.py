@@ -10,10 +10,11 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty, RecurrentPPOPenalty
-from sb3_ppo_penalty.zoo import HYPERPARAMS
+from sb3_ppo_penalty.zoo import HYPERPARAMS, entries_file
 from sb3_ppo_penalty.zoo.hyperparams_opt import Sampler, convert, sample_ppo_clip, sample_ppo_penalty
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
@@ -28,6 +29,9 @@ SAMPLERS: dict[str, Sampler] = {
     "ppo_penalty_lstm": sample_ppo_penalty,
 }
 
+#: Arguments of PPOPenalty that may be schedules, which RL Zoo does not know
+PENALTY_SCHEDULES = ("target_kl", "kl_min", "kl_max")
+
 
 class Manager(ExperimentManager):
     """
@@ -40,9 +44,30 @@ class Manager(ExperimentManager):
     """
 
     def __init__(self, args: Namespace, algo: str, *others: Any, **kwargs: Any) -> None:
-        if algo in ALGORITHMS and kwargs.get("config") is None:
+        if kwargs.get("config") is not None:
+            kwargs["config"] = entries_file(kwargs["config"], algo)
+        elif algo in ALGORITHMS:
             kwargs["config"] = str(HYPERPARAMS / f"{algo}.yml")
         super().__init__(args, algo, *others, **kwargs)
+
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """
+        Make schedules of strings, also for the penalty's arguments: there ``lin_0.03_0.004`` falls from 0.03 to 0.004.
+
+        :param hyperparams: hyperparameters of the file and of the command line, changed in place
+        :return: the same
+        :raises ValueError: naming the argument, for a string of another form
+        """
+        for name in PENALTY_SCHEDULES:
+            value = hyperparams.get(name)
+            if isinstance(value, str):
+                kind, *numbers = value.split("_")
+                if kind != "lin" or len(numbers) not in (1, 2):
+                    raise ValueError(f"`{name}` must be a number, lin_START or lin_START_END, got {value!r}")
+                hyperparams[name] = LinearSchedule(float(numbers[0]), float(numbers[-1]) * (len(numbers) - 1), 1.0)
+        schedules: dict[str, Any] = ExperimentManager._preprocess_schedules(hyperparams)
+        return schedules
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         """

@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import runpy
 import shlex
 import site
 import subprocess
@@ -24,6 +25,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -500,6 +502,55 @@ def test_articles_recipe_is_a_hyperparameter_module(tmp_path: Path) -> None:
     kept = yaml.unsafe_load((Path(experiment.params_path) / "config.yml").read_text())
     assert {key: kept[key] for key in ARTICLE_RECIPE} == ARTICLE_RECIPE
     assert saved["policy"] == "MlpPolicy"
+
+
+def field_protocol(algo: str, folder: Path, **overrides: object) -> Manager:
+    return manager(algo, "Pendulum-v1", folder, config=zoo.FIELD_PROTOCOL, n_timesteps=0, hyperparams=overrides, seed=5)
+
+
+@pytest.mark.parametrize(("algo", "method"), [("ppo", "clip"), ("ppo_clip", "clip"), ("ppo_penalty", "truncated")])
+def test_field_protocol_is_that_of_the_published_runs(algo: str, method: str, tmp_path: Path) -> None:
+    published = runpy.run_path(str(ROOT / "examples" / "field_protocol.py"))
+    experiment = field_protocol(algo, tmp_path)
+    by_zoo, _ = experiment.setup_experiment()
+    by_zoo.env.close()
+    assert (experiment.n_timesteps, by_zoo.n_envs) == (published["STEPS"], 1)
+    normalize = by_zoo.get_vec_normalize_env()
+    assert (normalize.norm_obs, normalize.norm_reward, normalize.gamma) == (True, True, 0.99)
+    own = published["METHODS"][method][1]
+    env = VecNormalize(make_vec_env("Pendulum-v1", seed=5))
+    model = published["METHODS"][method][0](ActorCriticPolicy, env, **published["PROTOCOL"], **own, seed=5, device="cpu")
+    for name in ("learning_rate", "clip_range", "clip_range_vf", *{"target_kl"} & own.keys()):
+        zoos, ours = getattr(by_zoo, name), getattr(model, name)
+        for progress in (1.0, 0.3, 0.0) if callable(ours) else ():
+            assert zoos(progress) == pytest.approx(ours(progress)), name
+        assert (zoos is None) == (ours is None), name
+    for name in published["PROTOCOL"].keys() | own.keys() - {"target_kl"}:
+        if not callable(getattr(model, name)) or name == "kl_controller":
+            assert getattr(by_zoo, name) == getattr(model, name), name
+    assert all(th.equal(one, other) for one, other in zip(by_zoo.policy.parameters(), model.policy.parameters(), strict=True))
+
+
+def test_ppo_clip_on_the_field_protocol_is_ppo(tmp_path: Path) -> None:
+    models = []
+    for algo in ("ppo", "ppo_clip"):
+        model, _ = field_protocol(algo, tmp_path / algo, n_steps=64, n_epochs=2).setup_experiment()
+        models.append(model.learn(128))
+        model.env.close()
+    ppo, clip = models
+    assert (type(ppo), type(clip)) == (PPO, PPOClip)
+    assert all(th.equal(one, other) for one, other in zip(ppo.policy.parameters(), clip.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["target_kl", "kl_min", "kl_max"])
+def test_a_hyperparameter_file_can_name_schedules_of_the_penalty(name: str) -> None:
+    read = Manager._preprocess_schedules
+    falling, to_zero = read({name: "lin_0.03_0.002"})[name], read({name: "lin_0.03"})[name]
+    assert [falling(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.016, 0.002])
+    assert [to_zero(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([0.03, 0.015, 0.0])
+    assert read({name: 0.03}) == {name: 0.03}
+    with pytest.raises(ValueError, match=f"`{name}` must be a number, lin_START or lin_START_END, got 'cos_0.03'"):
+        read({name: "cos_0.03"})
 
 
 def test_a_linear_schedule_of_rl_zoo_rests_at_its_end_where_training_overshoots():
