@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch as th
 
-from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical
+from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical, kl_diagonal_gaussian
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
-from sb3_ppo_penalty.objectives.losses import truncate_ratio
+from sb3_ppo_penalty.objectives.losses import surrogate, truncate_ratio
 
 
 def tensor(*values: float) -> th.Tensor:
@@ -149,3 +149,51 @@ def test_no_value_decides_what_is_computed(direction, per_state):
         [objective(*pair).item() for pair in zip(kl_coefs.tolist(), targets.tolist(), strict=True)]
     )
     assert len(set(batched.tolist())) == 3
+
+
+# --- where gradient ascent comes to rest
+
+
+def resting_ratio(penalty: KLPenalty, z: float, advantage: float, kl_coef: float, max_ratio: float | None = None) -> float:
+    """
+    Follow the gradient from the old policy, a Gaussian of deviation 1, for one action that lay z deviations out.
+
+    :return: the ratio at the first mean where the gradient no longer points to the action; inf where it does up to the action
+    """
+    shift = th.linspace(0, abs(z), 200_001, dtype=th.float64)[1:-1].requires_grad_()
+    mean, one = shift[:, None], th.ones(len(shift), 1, dtype=th.float64)
+    ratio = th.exp(abs(z) * shift - shift**2 / 2)
+    old, new = (ActionParameters(kl_diagonal_gaussian, (each, one)) for each in (th.zeros_like(mean), mean))
+    advantages = th.full_like(ratio, advantage)
+    charged = penalty.charge(ratio, advantages, old, lambda: new)
+    pulled = ratio if max_ratio is None else truncate_ratio(ratio, advantages, max_ratio)
+    # Times the number of states: each by itself
+    objective = penalty.penalize(surrogate(pulled, advantages), charged, kl_coef, 0.01) * len(shift)
+    objective.backward()
+    rests = (shift.grad <= 0).nonzero()
+    return ratio[rests[0]].item() if len(rests) else math.inf
+
+
+@pytest.mark.parametrize("z", [8.0, 20.0])
+@pytest.mark.parametrize("advantage", [1.0, 3.0])
+def test_under_the_exact_divergence_a_rare_action_runs_away_below_e_times_its_square(z, advantage):
+    """The pull z A exp(z shift) and the penalty's, beta shift, meet where beta >= e A z^2, to leading order in 1 / z."""
+    bound = math.e * advantage * z**2
+    assert resting_ratio(KLPenalty(), z, advantage, 1.01 * bound) < math.e
+    far = resting_ratio(KLPenalty(), z, advantage, 0.9 * bound)
+    # Next to the action itself, where the density has its top
+    assert far > math.exp(0.4 * z**2)
+    # Truncation ends it, and so does a penalty that is quadratic in the ratio
+    assert resting_ratio(KLPenalty(), z, advantage, 0.9 * bound, max_ratio=1.3) < 1.31
+    assert resting_ratio(KLPenalty(sampled=True), z, advantage, 5 * advantage) == pytest.approx(1.2, abs=0.01)
+
+
+@pytest.mark.parametrize("z", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize("advantage", [0.1, 30.0])
+@pytest.mark.parametrize("kl_coef", [1.0, 5.0])
+def test_sampled_and_weighted_a_ratio_rests_at_the_inverse_of_the_coefficient(z, advantage, kl_coef):
+    weighted = KLPenalty(sampled=True, advantage_weighted=True)
+    expected = 1 + 1 / kl_coef
+    reached = resting_ratio(weighted, z, advantage, kl_coef)
+    # The action itself may lie nearer
+    assert reached == pytest.approx(expected, abs=0.01) if expected < math.exp(z**2 / 2) else reached == math.inf
