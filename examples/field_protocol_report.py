@@ -6,13 +6,14 @@ Tables and pictures of the runs that `field_protocol.py` has made: nothing is tr
 Every figure comes from the JSON files beside the tables. A run's return is the mean over the episodes that ended in the last
 tenth of training; a method's is given as mean and standard deviation over seeds, as the field publishes it, and as
 interquartile mean (IQM) with a 95 % bootstrap interval (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264). No interval
-and no probability of improvement is given for fewer than three seeds.
+and no probability of improvement is given for fewer than three seeds. Runs of other seeds than the reported ones, on which
+settings were chosen, stand in tables of their own.
 """
 
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,15 +36,17 @@ HEADERS = ("method", "seeds", "published", "return, mean ± std", "IQM [95 %]", 
 HEADERS += ("KL", "coefficient", "std")
 #: The methods whose curves are drawn
 DRAWN = ("clip", "adaptive", "truncated", "sampled")
+#: Nothing was tuned on these
+REPORTED = range(11, 16)
 #: Fewer seeds say nothing about a spread
 FEWEST_SEEDS = 3
 #: KLip-PPO (https://arxiv.org/abs/2606.23932), mean and standard deviation over 5 seeds, last tenth of training
 PUBLISHED = {
     "Ant-v4": {"clip": (2193, 361), "adaptive": (159, 86)},
     "HalfCheetah-v4": {"clip": (1955, 312), "adaptive": (2207, 1117)},
-    "Hopper-v4": {"clip": (2598, 278), "adaptive": (2236, 365)},
     "Humanoid-v4": {"clip": (660, 70), "adaptive": (553, 22)},
     "Walker2d-v4": {"clip": (3717, 425), "adaptive": (3639, 374)},
+    "Hopper-v4": {"clip": (2598, 278), "adaptive": (2236, 365)},
 }
 MEANINGS = {
     "clip": "the clip, 0.2 (stock PPO)",
@@ -99,11 +102,11 @@ def last_tenth(parts: Sequence[float | None]) -> float:
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
-    """Bring the runs of each method on each task together, in the order of :data:`MEANINGS`."""
+    """Bring the runs of each method on each task together, in the order of :data:`PUBLISHED` and :data:`MEANINGS`."""
     rows = []
-    for env in dict.fromkeys(run["env"] for run in runs):
+    for env in sorted({run["env"] for run in runs}, key=lambda env: (env not in PUBLISHED, [*PUBLISHED, env].index(env))):
         for method in MEANINGS:
-            own = [run for run in runs if (run["env"], run["method"]) == (env, method)]
+            own = sorted((r for r in runs if (r["env"], r["method"]) == (env, method)), key=lambda run: run["seed"])
             if not own:
                 continue
             names = sorted(set.intersection(*(set(run["updates"]) for run in own)))
@@ -155,32 +158,53 @@ def task_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def aggregate(rows: list[Row], method: str, envs: Sequence[str]) -> tuple[float, float, float]:
-    """
-    Interquartile mean over tasks and seeds of the returns divided by the published clip's, with its interval.
+def scores_of(rows: list[Row], method: str, envs: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    """Divide the returns of each run by the published clip's, an array for each task."""
+    return [next(r.returns for r in rows if (r.env, r.method) == (env, method)) / PUBLISHED[env]["clip"][0] for env in envs]
 
-    :param rows: of all tasks
-    :param method: that all of the tasks have
-    :param envs: the tasks; the seeds of each are resampled by themselves (stratified bootstrap)
-    :return: the mean, lower and upper end of the 95 % interval
+
+def resampled(samples: Sequence[Sequence[np.ndarray[Any, Any]]], figure: Callable[..., float]) -> tuple[float, float, float]:
     """
-    scores = [next(r.returns for r in rows if (r.env, r.method) == (env, method)) / PUBLISHED[env]["clip"][0] for env in envs]
-    generator = np.random.default_rng(0)
-    resampled = [iqm(np.concatenate([generator.choice(each, len(each)) for each in scores])) for _ in range(RESAMPLES)]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(iqm(np.concatenate(scores))), float(low), float(high)
+    Work out a figure over all tasks, with a stratified bootstrap interval: the seeds of each task are resampled by themselves.
+
+    :param samples: for each method, an array of runs for each task
+    :param figure: takes the samples
+    :return: the figure, lower and upper end of the 95 % interval
+    """
+    draw_from = np.random.default_rng(0).choice
+    values = [figure([[draw_from(each, len(each)) for each in tasks] for tasks in samples]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(figure(samples)), float(low), float(high)
+
+
+def overall_iqm(samples: Sequence[Sequence[np.ndarray[Any, Any]]]) -> float:
+    """Take the interquartile mean over all runs of one method."""
+    return float(iqm(np.concatenate(samples[0])))
+
+
+def overall_improvement(samples: Sequence[Sequence[np.ndarray[Any, Any]]]) -> float:
+    """Average over tasks how probable it is that a run of the first method beats one of the second."""
+    return float(np.mean([probability_of_improvement(own, other) for own, other in zip(*samples, strict=True)]))
 
 
 def aggregate_table(rows: list[Row]) -> list[str]:
     """Write what methods come to over all tasks that they share with the baseline."""
     complete = [row for row in rows if len(row.seeds) >= FEWEST_SEEDS and row.env in PUBLISHED]
     envs_of = {method: [row.env for row in complete if row.method == method] for method in MEANINGS}
-    lines = ["| method | tasks | normalised IQM [95 %] | the clip's on the same tasks |", "|---|---|---|---|"]
+    lines = [
+        "| method | tasks | normalised IQM [95 %] | the clip's on the same tasks | P(better than clip) |",
+        "|---" * 5 + "|",
+    ]
     for method, envs in envs_of.items():
         shared = [env for env in envs if env in envs_of[BASELINE]]
         if shared and method != BASELINE:
-            own, clip = (aggregate(complete, each, shared) for each in (method, BASELINE))
-            cells = [f"`{method}`", ", ".join(shared), *(f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (own, clip))]
+            own, clip = (scores_of(complete, each, shared) for each in (method, BASELINE))
+            figures = [
+                resampled([own], overall_iqm),
+                resampled([clip], overall_iqm),
+                resampled([own, clip], overall_improvement),
+            ]
+            cells = [f"`{method}`", ", ".join(shared), *(f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in figures)]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -202,63 +226,134 @@ def curve_of(runs: list[dict[str, Any]], pick: Any) -> tuple[np.ndarray[Any, Any
     return np.nanmean(curves, axis=0), np.array([np.nanmin(curves, axis=0), np.nanmax(curves, axis=0)])
 
 
-def draw(runs: list[dict[str, Any]], methods: Sequence[str], path: Path) -> None:
+def draw_curves(axis: Any, runs: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> None:
     """
-    Draw return, divergence and coefficient of each task, a row for each.
+    Draw a curve for each method on one task, with a band from the lowest to the highest seed.
 
-    :param runs: of all tasks
-    :param methods: to draw
+    :param axis: of matplotlib
+    :param runs: of the task
+    :param pick: gives a run's curve, None where it has none
+    """
+    for method in DRAWN:
+        own = [run for run in runs if run["method"] == method and pick(run) is not None]
+        if own:
+            mean, band = curve_of(own, pick)
+            steps = np.arange(1, len(mean) + 1) / len(mean) * own[0]["steps"] / 1e6
+            (drawn,) = axis.plot(steps, mean, label=method, color=f"C{DRAWN.index(method)}", linewidth=1.4)
+            axis.fill_between(steps, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xlabel("million steps")
+
+
+def draw_profile(axis: Any, rows: list[Row]) -> None:
+    """
+    Draw which share of all runs reaches a score, for each score (performance profile).
+
+    :param axis: of matplotlib
+    :param rows: of all tasks; those that every drawn method has count
+    """
+    drawn = [method for method in DRAWN if any(row.method == method for row in rows)]
+    envs = [env for env in PUBLISHED if all(any((r.env, r.method) == (env, method) for r in rows) for method in drawn)]
+    grid = np.linspace(0, 2.5, 251)
+    for method in drawn if envs else []:
+        scores = np.concatenate(scores_of(rows, method, envs))
+        axis.plot(grid, [(scores >= each).mean() for each in grid], color=f"C{DRAWN.index(method)}", linewidth=1.4)
+    axis.set_title(f"all runs on {len(envs)} tasks", loc="left", fontsize=10)
+    axis.set_xlabel("return / published clip's, at least")
+    axis.set_ylabel("share of runs")
+
+
+def save(figure: Any, handles: tuple[list[Any], list[str]], path: Path) -> None:
+    """
+    Put a legend above all panels and write the picture as PNG and PDF.
+
+    :param figure: of matplotlib
+    :param handles: lines and labels of the legend
     :param path: of the picture, without ending
     """
-    envs = list(dict.fromkeys(run["env"] for run in runs))
-    columns = {
-        "return": lambda run: run["curve"],
-        "KL(old ‖ new), nats": lambda run: run["updates"]["kl"],
-        "coefficient": lambda run: run["updates"]["kl_coef"],
-    }
-    figure, axes = plt.subplots(len(envs), 3, figsize=(11, 0.6 + 2.6 * len(envs)), squeeze=False, layout="constrained")
-    for line, env in zip(axes, envs, strict=True):
-        for axis, (label, pick) in zip(line, columns.items(), strict=True):
-            for method in methods:
-                own = [run for run in runs if (run["env"], run["method"]) == (env, method)]
-                own = [run for run in own if label != "coefficient" or "kl_coef" in run["updates"]]
-                if own:
-                    mean, band = curve_of(own, pick)
-                    steps = np.arange(1, len(mean) + 1) / len(mean) * own[0]["steps"] / 1e6
-                    (drawn,) = axis.plot(steps, mean, label=method, color=f"C{methods.index(method)}", linewidth=1.4)
-                    axis.fill_between(steps, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
-            axis.set_xlabel("million steps")
-            axis.set_ylabel(label)
-            if label != "return":
-                axis.set_yscale("log")
-        line[0].set_title(env, loc="left", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]), frameon=False)
     for ending in ("png", "pdf"):
         figure.savefig(path.with_suffix(f".{ending}"), dpi=110)
     plt.close(figure)
 
 
-def write(out: Path) -> None:
-    """Write the tables and draw the pictures."""
-    runs = read(out)
-    rows = rows_of(runs)
-    lines = ["Made by `python examples/field_protocol_report.py` from the files in `runs/`.", ""]
+def draw_returns(runs: list[dict[str, Any]], rows: list[Row], path: Path) -> None:
+    """
+    Draw the return of every task, and the performance profile.
+
+    :param runs: of all tasks
+    :param rows: the same, by method
+    :param path: of the picture, without ending
+    """
+    envs = list(dict.fromkeys(row.env for row in rows))
+    lines = -(-(len(envs) + 1) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(11, 0.6 + 2.7 * lines), squeeze=False, layout="constrained")
+    for axis, env in zip(axes.flat, envs, strict=False):
+        draw_curves(axis, [run for run in runs if run["env"] == env], lambda run: run["curve"])
+        axis.set_title(env, loc="left", fontsize=10)
+        axis.set_ylabel("return")
+    draw_profile(axes.flat[len(envs)], rows)
+    for axis in axes.flat[len(envs) + 1 :]:
+        axis.set_axis_off()
+    save(figure, axes[0][0].get_legend_handles_labels(), path)
+
+
+def draw_updates(runs: list[dict[str, Any]], envs: Sequence[str], path: Path) -> None:
+    """
+    Draw divergence, coefficient and standard deviation of each task, a row for each.
+
+    :param runs: of all tasks
+    :param envs: the tasks
+    :param path: of the picture, without ending
+    """
+    labels = {"kl": "KL(old ‖ new), nats", "kl_coef": "coefficient", "std": "standard deviation"}
+    figure, axes = plt.subplots(len(envs), 3, figsize=(11, 0.6 + 2.5 * len(envs)), squeeze=False, layout="constrained")
+    for line, env in zip(axes, envs, strict=True):
+        own = [run for run in runs if run["env"] == env]
+        for axis, (name, label) in zip(line, labels.items(), strict=True):
+            draw_curves(axis, own, lambda run, name=name: run["updates"].get(name))
+            axis.set_ylabel(label)
+            axis.set_yscale("log")
+        line[0].set_title(env, loc="left", fontsize=10)
+    save(figure, axes[0][0].get_legend_handles_labels(), path)
+
+
+def tables_of(rows: list[Row], heading: str) -> list[str]:
+    """Write a table for each task, under its heading."""
+    lines = []
     for env in dict.fromkeys(row.env for row in rows):
         own = [row for row in rows if row.env == env]
         seeds = sorted({seed for row in own for seed in row.seeds})
-        lines += [f"## {env}", "", f"Seeds {', '.join(map(str, seeds))}.", ""]
-        lines += [*task_table(own), ""]
-    lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *aggregate_table(rows)]
-    (out / "summary.md").write_text("\n".join(lines) + "\n")
+        lines += [heading.format(env), "", f"Seeds {', '.join(map(str, seeds))}.", "", *task_table(own), ""]
+    return lines
+
+
+def origin_of(runs: list[dict[str, Any]]) -> str:
+    """Say what made the runs, and what they cost."""
+    versions = {f"{name} {number}" for run in runs for name, number in run["versions"].items()}
+    hours = sum(run["processor_seconds"] for run in runs) / 3600
+    return f"{len(runs)} runs, {hours:.1f} processor hours; {', '.join(sorted(versions))}."
+
+
+def write(out: Path) -> None:
+    """Write the tables and draw the pictures."""
+    runs = read(out)
+    reported = [run for run in runs if run["seed"] in REPORTED]
+    rows, others = rows_of(reported), rows_of([run for run in runs if run["seed"] not in REPORTED])
+    lines = ["Made by `python examples/field_protocol_report.py` from the files in `runs/`.", origin_of(runs), ""]
+    lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *aggregate_table(rows), ""]
+    lines += tables_of(rows, "## {}")
+    lines += tables_of(others, "## {}, seeds for choosing")
+    (out / "summary.md").write_text("\n".join(lines).rstrip("\n") + "\n")
     with (out / "summary.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["env", "method", "seed", "last_tenth", "without_noise"])
-        for row in rows:
+        for row in [*rows, *others]:
             table.writerows(
                 [row.env, row.method, *each] for each in zip(row.seeds, row.returns, row.without_noise, strict=True)
             )
-    draw(runs, DRAWN, out / "curves")
+    if rows:
+        draw_returns(reported, rows, out / "returns")
+        draw_updates(reported, list(dict.fromkeys(row.env for row in rows)), out / "updates")
 
 
 if __name__ == "__main__":

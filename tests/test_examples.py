@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import ARTICLE_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty
 from sb3_ppo_penalty.objectives import losses
+from sb3_ppo_penalty.study.report import NO_VALUE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -487,10 +488,10 @@ def test_scaling_is_measured_and_planned(tmp_path: Path) -> None:
 
 
 def test_field_protocol_trains_and_reports(tmp_path):
-    words = ("--steps", "4096", "--seeds", "3", "--out", str(tmp_path), "--n-jobs", "1")
+    words = ("--steps", "4096", "--seeds", "11", "--out", str(tmp_path), "--n-jobs", "1")
     run("field_protocol.py", "run", "Pendulum-v1", "--methods", "clip", "sampled", *words, folder=tmp_path)
     files = sorted((tmp_path / "runs" / "Pendulum-v1").iterdir())
-    assert [path.name for path in files] == ["clip-3.json", "sampled-3.json"]
+    assert [path.name for path in files] == ["clip-11.json", "sampled-11.json"]
     clip, sampled = (json.loads(path.read_text()) for path in files)
     # 20 whole episodes of 200 steps, 2 of them in the last tenth of training
     assert len([each for each in clip["curve"] if each is not None]) == 20
@@ -502,8 +503,46 @@ def test_field_protocol_trains_and_reports(tmp_path):
     before = [path.stat().st_mtime_ns for path in files]
     assert run("field_protocol.py", "run", "Pendulum-v1", "--methods", "clip", "sampled", *words, folder=tmp_path) == ""
     assert [path.stat().st_mtime_ns for path in files] == before
+    # Seeds that settings were chosen on stand apart
+    (tmp_path / "runs" / "Pendulum-v1" / "clip-1.json").write_text(json.dumps({**clip, "seed": 1, "last_tenth": -7.0}))
     run("field_protocol_report.py", "--out", str(tmp_path), folder=tmp_path)
-    table = (tmp_path / "summary.md").read_text()
-    assert f"| the clip, 0.2 (stock PPO) (`clip`) | 1 |  | {clip['last_tenth']:,.0f} |" in table
-    assert len(rows_of(tmp_path / "summary.csv")) == 2
-    assert {"curves.png", "curves.pdf"} <= {path.name for path in tmp_path.iterdir()}
+    reported, chosen_on = (tmp_path / "summary.md").read_text().split("## Pendulum-v1, seeds for choosing")
+    assert f"| the clip, 0.2 (stock PPO) (`clip`) | 1 |  | {clip['last_tenth']:,.0f} |" in reported
+    assert "| the clip, 0.2 (stock PPO) (`clip`) | 1 |  | -7 |" in chosen_on
+    assert len(rows_of(tmp_path / "summary.csv")) == 3
+    assert {f"{name}.{ending}" for name in ("returns", "updates") for ending in ("png", "pdf")} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.fixture
+def report():
+    return script_module("field_protocol_report")
+
+
+def made_up(env: str, method: str, seed: int, returned: float) -> dict[str, object]:
+    updates = {"kl": [0.01] * 100, "std": [0.5] * 100}
+    run = {"env": env, "method": method, "seed": seed, "steps": 1000, "last_tenth": returned, "without_noise": [returned]}
+    return {**run, "curve": [returned] * 100, "updates": updates}
+
+
+def test_field_protocol_is_aggregated_over_the_tasks_that_both_have(report):
+    clip = {"Ant-v4": [1000, 2000, 3000], "Humanoid-v4": [500, 600, 700], "Hopper-v4": [1, 1, 1]}
+    own = {"Ant-v4": [2193, 4386, 2500], "Humanoid-v4": [660, 400, 660]}
+    runs = [made_up(env, "clip", 11 + k, each) for env, values in clip.items() for k, each in enumerate(values)]
+    runs += [made_up(env, "sampled", 11 + k, each) for env, values in own.items() for k, each in enumerate(values)]
+    (line,) = report.aggregate_table(report.rows_of(runs))[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:2] == ["`sampled`", "Ant-v4, Humanoid-v4"]
+    # Without the lowest and the highest of 1, 2, 1.14, 1, 0.606, 1; and of 0.456, 0.912, 1.368, 0.758, 0.909, 1.06
+    assert [cell.split()[0] for cell in cells[2:4]] == ["1.03", "0.91"]
+    # 8 of 9 pairs on Ant (2193 and 2500 do not beat 3000, 4386 does: 7 of 9), on Humanoid 2/3 twice and none
+    assert cells[4].split()[0] == f"{(7 / 9 + 4 / 9) / 2:.2f}"
+
+
+def test_field_protocol_gives_no_interval_below_three_seeds(report):
+    runs = [made_up("Ant-v4", method, seed, 5.0 * seed) for method in ("clip", "sampled") for seed in (11, 12)]
+    rows = report.rows_of(runs)
+    assert len(report.aggregate_table(rows)) == 2
+    assert report.task_table(rows)[3].count(NO_VALUE) == 3
+    assert "±" not in report.task_table(rows)[3]
