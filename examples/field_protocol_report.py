@@ -152,7 +152,7 @@ def task_table(rows: list[Row]) -> list[str]:
     for row in rows:
         final = [f"{row.final[name]:.2g}" if name in row.final else NO_VALUE for name in ("kl", "kl_coef", "std")]
         beats = NO_VALUE if row.method == BASELINE else improvement(row.returns, baseline)
-        cells = [f"{MEANINGS[row.method]} (`{row.method}`)", f"{len(row.seeds)}", published(row.env, row.method)]
+        cells = [f"`{row.method}`", f"{len(row.seeds)}", published(row.env, row.method)]
         cells += [spread(row.returns), interquartile(row.returns), beats, spread(row.without_noise), *final]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -340,9 +340,11 @@ def write(out: Path) -> None:
     reported = [run for run in runs if run["seed"] in REPORTED]
     rows, others = rows_of(reported), rows_of([run for run in runs if run["seed"] not in REPORTED])
     lines = ["Made by `python examples/field_protocol_report.py` from the files in `runs/`.", origin_of(runs), ""]
-    lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *aggregate_table(rows), ""]
+    if len(overall := aggregate_table(rows)) > 2:
+        lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *overall, ""]
     lines += tables_of(rows, "## {}")
     lines += tables_of(others, "## {}, seeds for choosing")
+    lines += ["## The methods", "", *(f"- `{m}`: {MEANINGS[m]}" for m in MEANINGS if any(run["method"] == m for run in runs))]
     (out / "summary.md").write_text("\n".join(lines).rstrip("\n") + "\n")
     with (out / "summary.csv").open("w", newline="") as file:
         table = csv.writer(file)
