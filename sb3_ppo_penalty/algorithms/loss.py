@@ -142,11 +142,14 @@ class LossAlgorithm(PortableAlgorithm):
             batch, ratio, advantages, settings, lambda: parameters_of(distribution())
         )
         value_loss = self._value_loss(values.flatten(), batch.returns, batch.old_values, settings.clip_range_vf)
-        loss = -objective + settings.vf_coef * value_loss
+        policy_loss = -objective
+        loss = policy_loss + settings.vf_coef * value_loss
         if settings.ent_coef is not None:
             loss = loss + settings.ent_coef * losses.entropy_loss(entropy, log_prob)
-        log_ratio, entropies = log_prob - batch.old_log_prob, losses.state_entropy(entropy, log_prob)
-        return Terms(loss, -surrogate, -objective, value_loss, log_ratio, entropies)
+        # For the log alone: no gradient
+        surrogate_loss = policy_loss if surrogate is objective else -surrogate.detach()
+        log_ratio, entropies = log_prob.detach() - batch.old_log_prob, losses.state_entropy(entropy, log_prob)
+        return Terms(loss, surrogate_loss, policy_loss, value_loss, log_ratio, entropies)
 
     def _policy_objective(
         self,

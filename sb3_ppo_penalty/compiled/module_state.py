@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
@@ -21,6 +22,8 @@ from torch import nn
 KNOWN_PACKAGES = {"builtins", "torch", "stable_baselines3", "sb3_contrib", "sb3_ppo_penalty"}
 #: Attributes that :func:`module_state` records in another way, or that no evaluation reads
 SKIPPED_ATTRIBUTES = {"_parameters", "_buffers", "_modules", "optimizer", "lr_schedule"}
+#: Types whose values :func:`repr` tells apart
+PLAIN_TYPES = {type(None), bool, int, float, str}
 
 
 class UntraceableError(Exception):
@@ -65,6 +68,8 @@ def _fingerprint(value: Any, registered: set[int]) -> bytes:
     :param value: a value of any kind
     :param registered: see :class:`_StatePickler`
     """
+    if type(value) in PLAIN_TYPES or (type(value) in (dict, OrderedDict) and not value):
+        return repr(value).encode()
     file = io.BytesIO()
     try:
         _StatePickler(file, registered).dump(value)

@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
 from sb3_ppo_penalty.objectives.divergence import (
@@ -230,6 +231,21 @@ def example_actions(policy: ActorCriticPolicy, rows: int) -> th.Tensor:
     return actions.float().reshape(rows, -1)
 
 
+def acts_without_critic(policy: ActorCriticPolicy) -> bool:
+    """
+    Return whether a policy's ``get_distribution`` makes the distribution of its ``evaluate_actions``, bit for bit.
+
+    True of SB3's own methods and networks, in which the critic is apart from the actor behind the features.
+
+    :param policy: any that has both methods
+    """
+    names = ("evaluate_actions", "get_distribution", "extract_features")
+    own = [getattr(getattr(policy, name), "__func__", None) is getattr(ActorCriticPolicy, name) for name in names]
+    networks = getattr(policy, "mlp_extractor", None)
+    # Both methods call it, but only `evaluate_actions` in a way that hooks see
+    return all(own) and type(networks) is MlpExtractor and not networks._forward_hooks and not networks._forward_pre_hooks
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """
@@ -256,6 +272,20 @@ class Evaluator:
         inputs, others = self.unpack(observations)
         return evaluate(self.policy, inputs, actions, self.source, **others)
 
+    def log_prob(self, observations: Observations, actions: th.Tensor) -> tuple[th.Tensor, Callable[[], Any]]:
+        """
+        Let the policy evaluate actions where nobody asks for values: without its critic, if that makes no difference.
+
+        :param observations: of some transitions
+        :param actions: of the same
+        :return: log-probabilities, shape (batch,), and what returns the action distribution, as in :class:`Evaluation`
+        """
+        if self.source == MADE and acts_without_critic(self.policy):
+            distribution = self.policy.get_distribution(self.unpack(observations)[0])
+            return distribution.log_prob(actions), lambda: distribution
+        evaluation = self.ask(observations, actions)
+        return evaluation.log_prob, evaluation.distribution
+
     def parameters(self, observations: Observations, actions: th.Tensor) -> ActionParameters:
         """
         Ask for the policy's action distributions.
@@ -264,7 +294,7 @@ class Evaluator:
         :param actions: of the same
         :return: their parameters, with their gradient
         """
-        return parameters_of(self.ask(observations, actions).distribution())
+        return parameters_of(self.log_prob(observations, actions)[1]())
 
     def divergence(self, batch: Transitions) -> th.Tensor:
         """
@@ -305,11 +335,11 @@ class Evaluator:
         """
 
         def of(chunk: Transitions) -> tuple[th.Tensor, ...]:
-            evaluation = self.ask(chunk.observations, chunk.actions)
-            log_ratio = evaluation.log_prob - chunk.old_log_prob
+            log_prob, distribution = self.log_prob(chunk.observations, chunk.actions)
+            log_ratio = log_prob - chunk.old_log_prob
             if chunk.old is None:
                 return (log_ratio,)
-            return log_ratio, kl_divergence(chunk.old, parameters_of(evaluation.distribution()))
+            return log_ratio, kl_divergence(chunk.old, parameters_of(distribution()))
 
         with acting(self.policy):
             log_ratio, *exact = collect_rows(map(of, self.parts(rollout)), rollout.size)

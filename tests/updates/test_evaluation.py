@@ -358,6 +358,22 @@ def test_an_evaluation_leaves_the_policy_as_it_was() -> None:
     assert set(vars(policy)) == set(before)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_drift_is_that_of_evaluated_actions_with_and_without_the_critic(hooked) -> None:
+    """A hook that only `evaluate_actions` runs through is no reason for another measure."""
+    model = learned(ActorCriticPolicy)
+    if hooked:
+        model.policy.mlp_extractor.register_forward_hook(lambda module, args, out: (0.5 * out[0], out[1]))
+    rollout = Transitions.of(model.rollout_buffer)
+    with acting(model.policy):
+        _, log_prob, _ = model.policy.evaluate_actions(rollout.observations, rollout.actions)
+    asked = []
+    model.policy.value_net.register_forward_hook(lambda *_: asked.append(hooked))
+    _, log_ratio = model._evaluator(model._distribution_source).moved(rollout)
+    assert th.equal(log_ratio, log_prob - rollout.old_log_prob)
+    assert asked == [True] * hooked
+
+
 def test_asking_leaves_each_module_in_its_mode() -> None:
     policy = PPOPenalty(
         "CnnPolicy", FakeImageEnv(screen_height=40, screen_width=40, n_channels=1), n_steps=8, batch_size=8
