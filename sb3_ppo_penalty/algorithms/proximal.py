@@ -150,7 +150,7 @@ class ProximalAlgorithm(LossAlgorithm):
         policy_class = self.policy_class
         self.policy_class = self._policy_maker()  # type: ignore[assignment]
         try:
-            super()._setup_model()
+            self._build()
         finally:
             self.policy_class = policy_class
         if self.clip_range is not None:
@@ -162,6 +162,10 @@ class ProximalAlgorithm(LossAlgorithm):
     def _policy_maker(self) -> Callable[..., Any]:
         """Return what SB3 makes the policy with."""
         return self.policy_class
+
+    def _build(self) -> None:
+        """Let SB3 make buffer and policy of arguments that have been checked."""
+        super()._setup_model()
 
     def _check_arguments(self) -> None:
         """
@@ -305,9 +309,7 @@ class ProximalAlgorithm(LossAlgorithm):
         :param batch_size: of all minibatches but an epoch's last
         """
         eager = EagerStepper(self.policy, self._evaluate, loss, settings, self._ranks)
-        if not self.compile:
-            return eager
-        stepper: Stepper = self._get_compiler().stepper(eager, batch_size)
+        stepper: Stepper = self._get_compiler().stepper(eager, batch_size) if self.compile else eager
         return stepper
 
     def _get_compiler(self) -> Any:

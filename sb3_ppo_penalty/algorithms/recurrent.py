@@ -124,20 +124,17 @@ class RecurrentAlgorithm(ProximalAlgorithm):
         recurrent = isinstance(policy_class, type) and issubclass(policy_class, RecurrentActorCriticPolicy)
         require(recurrent, "policy", policy_class, "a RecurrentActorCriticPolicy of sb3-contrib, or its name")
 
-    def _policy_maker(self) -> Callable[..., Any]:
+    def _build(self) -> None:
+        buffer_class: Any = self.rollout_buffer_class
         # SB3 makes the buffer first, for a memory whose size only the policy knows
-        self.rollout_buffer_kwargs = {**self.rollout_buffer_kwargs, "hidden_state_shape": (0, 0, 0, 0)}
-        return super()._policy_maker()
-
-    def _setup_model(self) -> None:
-        given = self.rollout_buffer_kwargs
+        self.rollout_buffer_class = partial(buffer_class, hidden_state_shape=(0, 0, 0, 0))  # type: ignore[assignment]
         try:
-            super()._setup_model()
+            super()._build()
         except AssertionError as error:
             # sb3-contrib's words for memories that exclude each other
             raise ArgumentError(f"`policy_kwargs`: {error}") from error
         finally:
-            self.rollout_buffer_kwargs = given
+            self.rollout_buffer_class = buffer_class
         lstm: Any = self.policy.lstm_actor
         buffer: Any = self.rollout_buffer
         buffer.hidden_state_shape = (self.n_steps, lstm.num_layers, self.n_envs, lstm.hidden_size)
