@@ -39,6 +39,8 @@ from sb3_ppo_penalty.rollouts.sequences import (
     SEQUENCE_STARTS,
     STATES,
     by_name,
+    shown_rows,
+    spread,
     watched_get,
 )
 from sb3_ppo_penalty.updates.evaluation import Evaluator
@@ -221,7 +223,11 @@ class RecurrentAlgorithm(ProximalAlgorithm):
         """
         real = sample.mask > 1e-8
         states = [state.swapaxes(0, 1) for pair in sample.lstm_states for state in pair]
-        besides = {EPISODE_STARTS: sample.episode_starts, REAL: real, **dict(zip(STATES, states, strict=True))}
+        longest = len(real) // len(states[0])
+        first = th.arange(0, len(real), longest, device=real.device)
+        shown = shown_rows(first, real.view(-1, longest).sum(dim=1))
+        seen = {key: column[shown] for key, column in by_name(sample.observations).items()}
+        starts = spread(sample.episode_starts[real], real)
         actions = sample.actions[real]
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
@@ -230,7 +236,8 @@ class RecurrentAlgorithm(ProximalAlgorithm):
             actions = actions.float()
         names = ("old_values", "old_log_prob", "advantages", "returns")
         columns = {name: getattr(sample, name)[real] for name in names}
-        return Transitions({**by_name(sample.observations), **besides}, actions, **columns, old=old)
+        observations = {**seen, EPISODE_STARTS: starts, REAL: real, **dict(zip(STATES, states, strict=True))}
+        return Transitions(observations, actions, **columns, old=old)
 
 
 class RecurrentPPOPenalty(RecurrentAlgorithm, PPOPenalty):

@@ -55,6 +55,21 @@ def spread(column: th.Tensor, real: th.Tensor) -> th.Tensor:
     return wide
 
 
+def shown_rows(first: th.Tensor, sizes: th.Tensor) -> th.Tensor:
+    """
+    Choose what a policy is shown of padded sequences: in the place of padding, the last step of the same sequence.
+
+    What a policy makes of rows that no environment gave may be infinite or NaN; its gradient is 0 times that then, although
+    nothing is made of the answer.
+
+    :param first: number of each sequence's first row, shape (n_sequences,)
+    :param sizes: number of steps of each sequence, shape (n_sequences,)
+    :return: numbers of rows, shape (n_sequences * longest,)
+    """
+    place = th.arange(int(sizes.max()), device=sizes.device)
+    return (first[:, None] + place.minimum(sizes[:, None] - 1)).flatten()
+
+
 def pad(steps: Transitions, lengths: Sequence[int]) -> Transitions:
     """
     Bring steps from the layout by steps to the padded one.
@@ -67,9 +82,11 @@ def pad(steps: Transitions, lengths: Sequence[int]) -> Transitions:
     sizes = th.tensor(lengths, device=steps.actions.device)
     real = (th.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]).flatten()
     first = sizes.cumsum(0) - sizes
+    shown = shown_rows(first, sizes)
     columns = {key: column for key, column in steps.observations.items() if key != SEQUENCE_STARTS}
-    padded = {key: column[first] if key in STATES else spread(column, real) for key, column in columns.items()}
-    return steps._replace(observations={**padded, REAL: real})
+    padded = {key: column[first if key in STATES else shown] for key, column in columns.items()}
+    starts = spread(steps.observations[EPISODE_STARTS], real)
+    return steps._replace(observations={**padded, EPISODE_STARTS: starts, REAL: real})
 
 
 def whole_sequences(rollout: Transitions) -> Iterator[Transitions]:

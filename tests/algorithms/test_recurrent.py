@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -16,11 +17,13 @@ from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticPolicy,
     RecurrentMultiInputActorCriticPolicy,
 )
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 import sb3_ppo_penalty
@@ -186,7 +189,7 @@ def test_old_distributions_of_a_minibatch_are_those_of_its_steps() -> None:
 
 
 class Dirty(RecurrentRolloutBuffer):
-    """Fills the padding with noise."""
+    """Fills the padding with NaN, and with random bits where there is none."""
 
     def _get_samples(self, batch_inds, env_change, env=None):
         samples = super()._get_samples(batch_inds, env_change, env)
@@ -195,7 +198,7 @@ class Dirty(RecurrentRolloutBuffer):
         for name in names:
             column = getattr(samples, name)
             noise = th.randint(2, column.shape, generator=generator).to(column)
-            column[padding] = noise[padding] if name in ("actions", "episode_starts") else 1e3 * noise[padding]
+            column[padding] = noise[padding] if name in ("actions", "episode_starts") else np.nan
         self.padded = getattr(self, "padded", 0) + int(padding.sum())
         return samples
 
@@ -211,6 +214,51 @@ def test_padding_of_whatever_content_changes_nothing(algorithm, env) -> None:
         th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     figures = [{name: value for name, value in model.logger.name_to_value.items() if "train/" in name} for model in models]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-6)
+
+
+class Direction(BaseFeaturesExtractor):
+    """NaN where all of an observation is 0, as it is in sb3-contrib's padding."""
+
+    def __init__(self, observation_space) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return observations / observations.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", MLP])
+def test_policy_is_not_asked_about_what_no_environment_gave(policy) -> None:
+    arguments = {**SMALL, "policy_kwargs": {**TINY, "features_extractor_class": Direction}}
+    model = RecurrentPPOPenalty(policy, made(Lengths), **arguments).learn(64)
+    assert all(weight.isfinite().all() for weight in model.policy.parameters())
+    with pytest.raises(ValueError, match="nan"):
+        RecurrentPPO(MLP, made(Lengths), **arguments).learn(64)
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_memory_goes_through_a_sequence_in_one_call(layers: int, within: bool) -> None:
+    """Where an episode begins within a sequence it cannot; sb3-contrib's policy is the oracle of both."""
+    kwargs = {**TINY, "n_lstm_layers": layers}
+    stock = RecurrentPPO(MLP, made(Lengths), **{**SMALL, "policy_kwargs": kwargs}).policy
+    ours = RecurrentPPOClip(
+        "MlpLstmPolicy", made(Lengths), **{**SMALL, "policy_kwargs": {**kwargs, "learn_covariance": True, "covariance": 1.0}}
+    ).policy
+    assert_same_weights(SimpleNamespace(policy=ours), SimpleNamespace(policy=stock))
+    generator = th.Generator().manual_seed(0)
+    observations, actions = (th.randn(15, count, generator=generator) for count in (3, 2))
+    states = [th.randn(layers, 3, 8, generator=generator) for _ in range(4)]
+    starts = th.tensor([[1.0, 0, 0, 0, 0], [0, 0, 0, within, 0], [1, 0, 0, 0, 0]]).flatten()
+    answers, calls = {}, []
+    for policy in (stock, ours):
+        handle = policy.lstm_actor.register_forward_hook(lambda *_: calls.append(1))
+        asked = policy.evaluate_actions(observations, actions, RNNStates(tuple(states[:2]), tuple(states[2:])), starts)
+        handle.remove()
+        sum(each.sum() for each in asked[:2]).backward()
+        answers[policy] = [*asked, *(weight.grad for weight in policy.parameters())]
+    assert len(calls) == (10 if within else 6)
+    for own, theirs in zip(answers[ours], answers[stock], strict=True):
+        th.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_several_switches_at_once() -> None:
