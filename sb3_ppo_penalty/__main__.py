@@ -1,4 +1,4 @@
-"""``python -m sb3_ppo_penalty``: train and watch through RL Zoo, compare with stock PPO."""
+"""``python -m sb3_ppo_penalty``: train, watch, plot and share through RL Zoo, compare with stock PPO."""
 
 import argparse
 import sys
@@ -13,6 +13,11 @@ COMMANDS = {
     "benchmark": "RL Zoo's benchmark: evaluate every agent of a log folder (--no-hub to stay offline)",
     "record_video": "RL Zoo's record_video: film a trained agent",
     "record_training": "RL Zoo's record_training: film an agent's checkpoints (needs ffmpeg)",
+    "push_to_hub": "RL Zoo's push_to_hub: upload a trained agent, with a card, to the Hugging Face Hub",
+    "load_from_hub": "RL Zoo's load_from_hub: download an agent (a pickle, which is code: see the documentation)",
+    "plot_train": "RL Zoo's plot_train: show the returns of the training episodes",
+    "all_plots": "RL Zoo's all_plots: show and tabulate the evaluations of several runs",
+    "plot_from_file": "RL Zoo's plot_from_file: draw what all_plots has saved, with intervals if asked for (-r)",
     "compare": "compare the algorithms with stock PPO and TRPO over seeds: table, report and plots",
 }
 

@@ -5,13 +5,19 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
-#: RL Zoo's modules that have a function of the same name
-FUNCTIONS = ("train", "enjoy")
+from sb3_ppo_penalty.zoo import hub
+
+#: RL Zoo's commands that draw; :mod:`rl_zoo3.plots` has a function for each
+PLOTS = ("plot_train", "all_plots", "plot_from_file")
+#: RL Zoo's commands that are functions -> the module that has them
+FUNCTIONS = {"train": "rl_zoo3.train", "enjoy": "rl_zoo3.enjoy", **dict.fromkeys(PLOTS, "rl_zoo3.plots")}
 #: RL Zoo's modules that are scripts
-SCRIPTS = ("benchmark", "record_video", "record_training")
+SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
 #: First words of the commands that these scripts start -> this package's command that does the same
 CHILD_COMMANDS = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
 
@@ -22,14 +28,16 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
     :param command: one of :data:`FUNCTIONS` or :data:`SCRIPTS`
     :param arguments: the command's arguments, RL Zoo's own: see its ``--help``
+    :raises SystemExit: with one sentence, if what is installed cannot draw
     """
-    module = f"rl_zoo3.{command}"
     sys.argv = [f"sb3_ppo_penalty {command}", *arguments]
+    if command in PLOTS and find_spec("rliable") and version("pandas").startswith("3."):
+        sys.exit('RL Zoo\'s plots cannot run with pandas 3, with which rliable cannot be imported: pip install "pandas<3"')
     if command in FUNCTIONS:
-        getattr(importlib.import_module(module), command)()
+        getattr(importlib.import_module(FUNCTIONS[command]), command)()
         return
-    with _registered_children():
-        runpy.run_module(module, run_name="__main__")
+    with _registered_children(), hub.adapted() if command == "push_to_hub" else nullcontext():
+        runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
 
 
 def child_command(command: Any) -> Any:

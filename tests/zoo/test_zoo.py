@@ -1,6 +1,7 @@
 """RL Zoo's own commands, in processes of their own, with this package's algorithms."""
 
 import inspect
+import json
 import os
 import re
 import runpy
@@ -20,11 +21,14 @@ import rl_zoo3.exp_manager
 import rl_zoo3.train
 import torch as th
 import yaml
+from local_hub import local_hub
+from matplotlib import pyplot as plt
 from optuna.trial import FixedTrial, TrialState
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +37,7 @@ from torch import nn
 import sb3_ppo_penalty
 from sb3_ppo_penalty import ARTICLE_RECIPE, PENDULUM, PPOClip, PPOPenalty, RecurrentPPOPenalty, RewardToGoRolloutBuffer, zoo
 from sb3_ppo_penalty.__main__ import main
-from sb3_ppo_penalty.zoo.commands import child_command
+from sb3_ppo_penalty.zoo.commands import FUNCTIONS, PLOTS, SCRIPTS, child_command
 
 zoo.register()
 from sb3_ppo_penalty.zoo.registration import Manager  # noqa: E402
@@ -73,8 +77,14 @@ def ours(command: str, cwd: Path) -> str:
 def in_this_process(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same without the seconds that a process takes to import RL Zoo."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", sys.argv)
+    afresh(command.split()[0], monkeypatch)
     assert main(shlex.split(command)) == 0
+
+
+def afresh(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: RL Zoo's `enjoy` imports another script, which runpy warns of when it is to run that."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delitem(sys.modules, f"rl_zoo3.{command}", raising=False)
 
 
 def pendulum_return(model: PPOPenalty) -> float:
@@ -160,11 +170,72 @@ def test_record_video_films_the_trained_agent(trained: Path, monkeypatch: pytest
     assert film.stat().st_size > 1000
 
 
-def test_plots_find_the_runs(trained: Path) -> None:
-    command = "-m rl_zoo3.plots.all_plots -a ppo_penalty -e Pendulum-v1 -f logs --no-display"
-    run = start(command, trained, MPLBACKEND="agg")
-    last = np.load(trained / "logs/ppo_penalty/Pendulum-v1_1/evaluations.npz")["results"][-1].mean()
-    assert f"|Pendulum-v1 |{last:.0f} +/- 0" in run.stdout, run.stdout + run.stderr
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where `train` has run twice on CartPole-v1, for eight updates; RL Zoo's plots want two runs."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    for seed in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            evaluated = f"-n 512 --seed {seed} --eval-freq 256 -params n_envs:1 n_steps:64 n_epochs:1 batch_size:64"
+            in_this_process(f"train --algo ppo_penalty --env CartPole-v1 {evaluated}", folder, patch)
+    return folder
+
+
+def test_training_is_plotted(two_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plt, "show", lambda: None)
+    in_this_process("plot_train -a ppo_penalty -e CartPole -f logs -w 2", two_runs, monkeypatch)
+    returns = load_results(str(two_runs / "logs/ppo_penalty/CartPole-v1_1")).r
+    drawn = {line.get_label(): line.get_ydata() for line in plt.gca().lines}
+    plt.close()
+    assert sorted(drawn) == ["CartPole-v1_1", "CartPole-v1_2"]
+    assert drawn["CartPole-v1_1"].tolist() == pytest.approx(returns.rolling(2).mean().dropna().tolist())
+
+
+def test_evaluations_are_tabulated_and_plotted(two_runs: Path) -> None:
+    files = sorted(two_runs.glob("logs/ppo_penalty/CartPole-v1_*/evaluations.npz"))
+    last = [np.load(path)["results"][-1].mean() for path in files]
+    said = ours("all_plots -a ppo_penalty -e CartPole-v1 -f logs -print -o evaluations --no-display", two_runs)
+    assert "CartPole-v1-PPO_PENALTY-logs: 2" in said
+    assert f"|CartPole-v1 |{np.mean(last):.0f} +/- {np.std(last) / np.sqrt(2):.0f}" in said
+    # With rliable's intervals
+    said = ours("plot_from_file -i evaluations -r -o bars.png --format png", two_runs)
+    assert "Computing bootstrap CI" in said
+    assert (two_runs / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pandas_3_beside_rliable_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_ppo_penalty.zoo.commands.version", {"pandas": "3.1.1"}.get)
+    with pytest.raises(SystemExit, match=r"^RL Zoo's plots cannot run with pandas 3, .*: pip install \"pandas<3\"$"):
+        main(["all_plots"])
+
+
+def test_agent_goes_to_the_hub_and_comes_back(trained: Path, agent: Path, tmp_path: Path) -> None:
+    agents = "--algo ppo_penalty --env Pendulum-v1 -orga me"
+    with local_hub() as (address, files):
+        home = {"HF_ENDPOINT": address, "HF_HOME": tmp_path / "home", "HF_TOKEN": "hf_of_nobody"}
+        run = start(f"-m sb3_ppo_penalty push_to_hub {agents} -f {trained / 'logs'} --no-render", tmp_path, **home)
+        assert run.returncode == 0, run.stderr
+        command = f"-m sb3_ppo_penalty load_from_hub {agents} -f back"
+        run = start(command, tmp_path, **home, TRUST_REMOTE_CODE="True")
+        assert run.returncode == 0, run.stderr
+    assert {"ppo_penalty-Pendulum-v1.zip", "config.yml", "args.yml", "vec_normalize.pkl", "README.md"} <= set(files)
+    # The card has its figures, and names no command that does not know the algorithm
+    card = files["README.md"].decode()
+    result = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]
+    evaluated = json.loads(files["results.json"])
+    assert result["metrics"][0]["value"] == f"{evaluated['mean_reward']:.2f} +/- {evaluated['std_reward']:.2f}"
+    assert "python -m sb3_ppo_penalty load_from_hub --algo ppo_penalty --env Pendulum-v1 -orga me -f logs/" in card
+    assert "python -m rl_zoo3" not in card
+    back = tmp_path / "back/ppo_penalty/Pendulum-v1_1"
+    assert same_weights(PPOPenalty.load(back / "Pendulum-v1.zip"), PPOPenalty.load(agent))
+    assert (back / "Pendulum-v1/vecnormalize.pkl").exists()
+
+
+def test_nothing_is_downloaded_without_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+    with pytest.raises(ValueError, match="set the environment variable `TRUST_REMOTE_CODE` to `True`"):
+        in_this_process("load_from_hub --algo ppo_penalty --env Pendulum-v1 -orga me -f back", tmp_path, monkeypatch)
+    assert not (tmp_path / "back").exists()
 
 
 def continue_from(model: PPOPenalty, folder: Path, params: str = "") -> str:
@@ -269,7 +340,21 @@ def test_no_or_unknown_command(words: list[str], capsys: pytest.CaptureFixture[s
 def test_help_names_every_command(tmp_path: Path) -> None:
     said = ours("--help", tmp_path)
     named = re.findall(r"^  (\w+)  ", said[said.index("commands:") :], re.MULTILINE)
-    assert named == ["train", "enjoy", "benchmark", "record_video", "record_training", "compare"]
+    assert named == ["train", "enjoy", *SCRIPTS, *PLOTS, "compare"]
+
+
+@pytest.mark.parametrize("command", [*FUNCTIONS, *SCRIPTS])
+def test_every_command_has_zoos_help_and_knows_the_algorithms(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    afresh(command, monkeypatch)
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "--help" in said
+    # Benchmark and the plots take what they find in a folder
+    assert command in {"benchmark", *PLOTS} or "ppo_penalty,ppo_clip,ppo_penalty_lstm" in said
 
 
 def test_compare_gets_its_arguments_and_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
