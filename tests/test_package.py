@@ -5,31 +5,56 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from email.message import Message
 from email.parser import Parser
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from documentation import SITECUSTOMIZE, Block, absent_modules, closure, documents, python_blocks
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import sb3_ppo_penalty
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def dist(tmp_path_factory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it."""
     # From a copy: setuptools leaves a build folder behind, from which old files would find their way into the next wheel
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "sb3_ppo_penalty", source / "sb3_ppo_penalty", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for path in ROOT.iterdir():
+        if path.name in {"sb3_ppo_penalty", "tests", "docs", "examples", ".ci"}:
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+        elif path.is_file() and path.name != ".git":
+            shutil.copy(path, source)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    return next(out.glob("*.whl"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return next(dist.glob("*.whl"))
+
+
+def test_sdist_holds_what_the_tests_and_the_documentation_need(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("tests", "docs", "examples", ".ci")
+    needed = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    written = {path for path in needed if {"__pycache__", "_build"} & set(path.parts)}
+    files = {path.relative_to(ROOT).as_posix() for path in needed - written}
+    files |= set("setup.cfg setup.py pyproject.toml README.md LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md".split())
+    assert sorted(files - names) == []
 
 
 def test_wheel_holds_the_package_its_types_and_its_data(wheel: Path) -> None:
@@ -52,21 +77,54 @@ def needs_of(metadata: Message) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in requirements if requirement.marker is None}
 
 
+def bound_of(need: Requirement) -> list[Version]:
+    """The version that is too new, if there is one."""
+    return [Version(each.version) for each in need.specifier if each.operator == "<"]
+
+
 def test_metadata_says_what_it_needs(metadata: Message) -> None:
     assert sorted(needs_of(metadata)) == ["cloudpickle", "gymnasium", "numpy", "sb3-contrib", "stable-baselines3", "torch"]
     assert metadata["Name"] == "sb3-ppo-penalty"
+    assert metadata["Author"] == "the sb3-ppo-penalty developers"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert "PPOPenalty" in metadata.get_payload()
 
 
 def test_the_oldest_versions_that_it_admits_are_those_it_is_tested_with(metadata: Message) -> None:
     lines = (ROOT / "tests" / "constraints-oldest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line)
     for name, need in needs_of(metadata).items():
-        (admitted,) = need.specifier
-        assert admitted.operator == ">="
+        (admitted,) = (each.version for each in need.specifier if each.operator == ">=")
         # torch alone is older than tested
-        assert name == "torch" or Version(admitted.version) == Version(tested[name])
+        assert name == "torch" or Version(admitted) == Version(tested[name])
+
+
+def test_the_newest_versions_that_it_admits_are_those_that_sb3_admits(metadata: Message) -> None:
+    theirs = map(Requirement, [*requires("stable-baselines3"), *requires("sb3-contrib")])
+    bounds = {canonicalize_name(need.name): bound_of(need) for need in theirs if need.marker is None}
+    # sb3-contrib has SB3's versions
+    bounds["sb3-contrib"] = bounds["stable-baselines3"]
+    assert {name: bound_of(need) for name, need in needs_of(metadata).items()} == bounds
+
+
+def test_package_page_has_the_readme_without_what_only_the_repository_has(metadata: Message) -> None:
+    page, readme = metadata.get_payload(), (ROOT / "README.md").read_text()
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", page) == []
+    assert "![" not in page
+    addresses = re.findall(r"\]\((https?:[^)]*)\)", readme)
+    assert re.findall(r"\]\((https?:[^)]*)\)", page) == addresses
+    named = {line.partition(", ")[2] for line in metadata.get_all("Project-URL")}
+    # SB3, the PPO paper and the article
+    assert named == {address for address in addresses if "pytorch" not in address}
+    # Nothing else is lost
+    words = re.sub(r"^!\[.*\n|\]\([^)]*\)|\[", "", readme, flags=re.MULTILINE).split()
+    assert re.sub(r"\]\([^)]*\)|\[", "", page).split() == words
+
+
+def test_version_is_the_same_everywhere(wheel: Path, metadata: Message) -> None:
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    changelog = re.search(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert metadata["Version"] == citation == changelog == sb3_ppo_penalty.__version__
+    assert wheel.name in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +176,20 @@ def test_installed_wheel_trains(site: Path, metadata: Message, tmp_path: Path) -
     )
     printed = run_installed(code, [], site, metadata, tmp_path)
     assert printed.split() == [str(site / "sb3_ppo_penalty" / "__init__.py"), "64"]
+
+
+def test_console_script_is_the_module(site: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    commands = [str(site / "bin" / "sb3-ppo-penalty")], ["-m", "sb3_ppo_penalty"]
+    runs = [
+        subprocess.run(
+            [sys.executable, "-P", *command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        for command in commands
+    ]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert runs[0].stdout == runs[1].stdout
+    assert "usage: python -m sb3_ppo_penalty COMMAND" in runs[0].stdout
 
 
 @pytest.mark.parametrize(
