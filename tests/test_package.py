@@ -53,7 +53,7 @@ def test_sdist_holds_what_the_tests_and_the_documentation_need(dist: Path) -> No
     needed = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
     written = {path for path in needed if {"__pycache__", "_build"} & set(path.parts)}
     files = {path.relative_to(ROOT).as_posix() for path in needed - written}
-    files |= set("setup.cfg setup.py pyproject.toml README.md LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md".split())
+    files |= {path.name for pattern in ("*.md", "*.cff", "*.toml", "setup.*", "LICENSE") for path in ROOT.glob(pattern)}
     assert sorted(files - names) == []
 
 
