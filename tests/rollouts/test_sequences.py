@@ -32,7 +32,7 @@ def rollout(starts: list[int]) -> Transitions:
 def test_steps_are_spread_over_padded_sequences() -> None:
     padded = pad(rollout([1, 0, 0, 0, 1, 0]), [4, 2])
     assert padded.observations[REAL].tolist() == [True] * 4 + [True] * 2 + [False] * 2
-    assert padded.observations[OBSERVATION].flatten().tolist() == [0, 10, 20, 30, 40, 50, 0, 0]
+    assert padded.observations[OBSERVATION].flatten().tolist() == [0, 10, 20, 30, 40, 50, 50, 50]
     assert [padded.observations[name].flatten().tolist() for name in STATES] == [[0, 4]] * 4
     assert SEQUENCE_STARTS not in padded.observations
     assert padded.actions.tolist() == list(range(6))
