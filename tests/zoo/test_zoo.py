@@ -1,4 +1,4 @@
-"""RL Zoo's own commands, in processes of their own, with this package's algorithms."""
+"""RL Zoo's own commands with this package's algorithms; in processes, which take seconds to import it, where that matters."""
 
 import inspect
 import json
@@ -10,6 +10,8 @@ import site
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import gymnasium as gym
@@ -63,7 +65,7 @@ ROOT = Path(sb3_ppo_penalty.__file__).parent.parent
 
 
 def start(command: str, cwd: Path, **variables: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     words = [sys.executable, *shlex.split(command)]
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -74,11 +76,13 @@ def ours(command: str, cwd: Path) -> str:
     return run.stdout
 
 
-def in_this_process(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same without the seconds that a process takes to import RL Zoo."""
     monkeypatch.chdir(folder)
     afresh(command.split()[0], monkeypatch)
-    assert main(shlex.split(command)) == 0
+    with redirect_stdout(StringIO()) as said:
+        assert main(shlex.split(command)) == 0
+    return said.getvalue()
 
 
 def afresh(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +122,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saving = "--eval-freq 256 --save-freq 256 --tensorboard-log tb"
     command = f"train --algo ppo_penalty --env Pendulum-v1 -n 512 --seed 1 {saving} {TINY}"
     # The adaptive rule, which stays where the divergence is below no threshold
-    said = ours(f"{command} \"learning_rate:'lin_0.001'\" \"kl_controller:'adaptive'\"", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        said = in_this_process(f"{command} \"learning_rate:'lin_0.001'\" \"kl_controller:'adaptive'\"", folder, patch)
     assert f"Loading hyperparameters from: {zoo.HYPERPARAMS / 'ppo_penalty.yml'}" in said
     return folder
 
@@ -148,14 +153,16 @@ def test_what_zoo_trained_loads_without_zoo(agent: Path) -> None:
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5)] == [0.001, 0.0005]
 
 
-def test_enjoy_plays_the_checkpoint_asked_for(trained: Path, agent: Path) -> None:
-    said = ours("enjoy --algo ppo_penalty --env Pendulum-v1 -f logs -n 200 --no-render --load-checkpoint 256", trained)
+def test_enjoy_plays_the_checkpoint_asked_for(trained: Path, agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "enjoy --algo ppo_penalty --env Pendulum-v1 -f logs -n 200 --no-render --load-checkpoint 256"
+    said = in_this_process(command, trained, monkeypatch)
     played = float(re.search(r"Mean reward: (\S+)", said)[1])
     expected = pendulum_return(PPOPenalty.load(agent.parent / "rl_model_256_steps.zip"))
     assert played == pytest.approx(expected, abs=0.01)
     assert abs(expected - pendulum_return(PPOPenalty.load(agent))) > 0.02
 
 
+@pytest.mark.slow
 def test_benchmark_evaluates_the_trained_agent(trained: Path, agent: Path) -> None:
     ours("benchmark --log-dir logs --no-hub -n 200 --num-threads 1", trained)
     row = (trained / "benchmark.md").read_text().strip().splitlines()[-1].strip("|").split("|")
@@ -191,6 +198,7 @@ def test_training_is_plotted(two_runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert drawn["CartPole-v1_1"].tolist() == pytest.approx(returns.rolling(2).mean().dropna().tolist())
 
 
+@pytest.mark.slow
 def test_evaluations_are_tabulated_and_plotted(two_runs: Path) -> None:
     files = sorted(two_runs.glob("logs/ppo_penalty/CartPole-v1_*/evaluations.npz"))
     last = [np.load(path)["results"][-1].mean() for path in files]
@@ -209,6 +217,7 @@ def test_pandas_3_beside_rliable_is_a_sentence(monkeypatch: pytest.MonkeyPatch) 
         main(["all_plots"])
 
 
+@pytest.mark.slow
 def test_agent_goes_to_the_hub_and_comes_back(trained: Path, agent: Path, tmp_path: Path) -> None:
     agents = "--algo ppo_penalty --env Pendulum-v1 -orga me"
     with local_hub() as (address, files):
@@ -255,9 +264,11 @@ def same_weights(one: PPOPenalty, other: PPOPenalty) -> bool:
     return all(th.equal(mine, theirs) for mine, theirs in pairs)
 
 
-def test_continuing_keeps_the_weights_and_the_coefficient_reached(agent: Path, tmp_path: Path) -> None:
+def test_continuing_keeps_the_weights_and_the_coefficient_reached(
+    agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = PPOPenalty.load(agent, custom_objects={"kl_coef": 8.0})
-    ours(continue_from(before, tmp_path), tmp_path)
+    in_this_process(continue_from(before, tmp_path), tmp_path, monkeypatch)
     after = PPOPenalty.load(tmp_path / "logs/ppo_penalty/Pendulum-v1_1/Pendulum-v1.zip")
     assert (after.kl_coef, after.num_timesteps, after._n_updates) == (8.0, 256, before._n_updates + 2)
     assert same_weights(before, after)
@@ -285,6 +296,7 @@ def test_continuing_keeps_what_the_controller_remembers(agent: Path, tmp_path: P
 # ---- RL Zoo's own commands, and a script of the user's
 
 
+@pytest.mark.slow
 def test_zoos_own_command_with_a_module_of_custom_environments(tmp_path: Path) -> None:
     (tmp_path / "custom_envs.py").write_text("from sb3_ppo_penalty.zoo import register\n\nregister()\n")
     run = start(f"-m rl_zoo3.train --algo ppo_penalty --env CartPole-v1 {TINIER}", tmp_path)
@@ -450,6 +462,7 @@ def test_search_on_a_box(exploration: str, spread: dict[str, object], use_sde: b
     assert model.policy.log_std.requires_grad == (exploration != "fixed")
 
 
+@pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
 @pytest.mark.parametrize(
     ("algo", "env", "own"),
     [
@@ -457,10 +470,11 @@ def test_search_on_a_box(exploration: str, spread: dict[str, object], use_sde: b
         ("ppo_clip", "CartPole-v1", {"target_kl", "clip_range"}),
     ],
 )
-def test_optimize_two_trials(algo: str, env: str, own: set[str], tmp_path: Path) -> None:
+def test_optimize_two_trials(algo: str, env: str, own: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The seed of two short trials, one of them with gSDE
     search = "-optimize --n-trials 2 --n-evaluations 1 --eval-episodes 1 --seed 57 --no-optim-plots"
-    ours(f"train --algo {algo} --env {env} -n 64 {search} --storage study.log --study-name s -params n_envs:1", tmp_path)
+    command = f"train --algo {algo} --env {env} -n 64 {search} --storage study.log --study-name s -params n_envs:1"
+    in_this_process(command, tmp_path, monkeypatch)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log")))
     trials = optuna.load_study(study_name="s", storage=storage).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
