@@ -10,13 +10,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from environments import Sound
+from gymnasium import spaces
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty import MaskablePPOPenalty, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
 from sb3_ppo_penalty.compiled.step import AdamOptions, adam_step
 from sb3_ppo_penalty.compiled.worker import CompileWorker, CompileWorkerError, answer
@@ -61,6 +64,21 @@ def images() -> gym.Env:
     return env
 
 
+def several_inputs() -> gym.Env:
+    np.random.seed(0)  # it draws its images when it is made
+    return SimpleMultiObsEnv(discrete_actions=False)
+
+
+def masked() -> gym.Env:
+    return InvalidActionEnvDiscrete(dim=6, n_invalid_actions=3)
+
+
+def several_masked() -> gym.Env:
+    return InvalidActionEnvMultiDiscrete(dims=[3, 4], n_invalid_actions=2)
+
+
+#: So that large ratios and divergences, which some options are about, occur
+FAST = {"learning_rate": 3e-3, "target_kl": 0.001}
 CASES = {
     "penalty": (PPOPenalty, {}),
     "penalty, everything": (
@@ -74,6 +92,21 @@ CASES = {
     ),
     "penalty, Discrete, clipped apart": (PPOPenalty, {"env": "CartPole-v1", "max_grad_norm": (0.05, 0.5)}),
     "penalty, images": (*(PPOPenalty, {"env": images, "policy": "CnnPolicy", "n_steps": 16, "batch_size": 8}),),
+    "penalty, Dict": (PPOPenalty, {"env": several_inputs, "policy": "MultiInputPolicy", "n_steps": 16, "batch_size": 8}),
+    "penalty, MultiDiscrete": (PPOPenalty, {"env": lambda: Sound(spaces.MultiDiscrete([2, 3]))}),
+    "penalty, MultiBinary, symmetric": (PPOPenalty, {"env": lambda: Sound(spaces.MultiBinary(3)), "kl_penalty": "symmetric"}),
+    "penalty, masks": (MaskablePPOPenalty, {"env": masked}),
+    "penalty, masks of several actions, new_old": (MaskablePPOPenalty, {"env": several_masked, "kl_penalty": "new_old"}),
+    "penalty, cutoff, truncated": (PPOPenalty, {**FAST, "kl_penalty": {"cutoff_coef": 100.0}, "max_ratio": 1.5}),
+    "penalty, symmetric, cutoff per state": (
+        PPOPenalty,
+        {**FAST, "kl_penalty": {"direction": "symmetric", "cutoff_coef": 100.0, "per_state": True}},
+    ),
+    "penalty, sampled, weighted": (PPOPenalty, {**FAST, "kl_penalty": {"sampled": True, "advantage_weighted": True}}),
+    "penalty, weighted, constant": (
+        PPOPenalty,
+        {**FAST, "kl_penalty": {"direction": "new_old", "advantage_weighted": True}, "kl_controller": "fixed"},
+    ),
     "clip, early stop": (PPOClip, {"target_kl": 0.0005, "learning_rate": 1e-3, "n_epochs": 6}),
     "clip, ragged, gSDE": (PPOClip, {"batch_size": 20, "use_sde": True}),
 }

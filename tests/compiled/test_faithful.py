@@ -522,7 +522,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("activation", [pytest.param(nn.Tanh, marks=pytest.mark.slow), nn.ReLU])
 def test_the_check_sees_each_term_by_itself(activation) -> None:
     """A wrong term of the loss is found, also one that vanishes at the old policy, where the KL divergence is 0."""
     options = {**EVERYTHING, "policy_kwargs": {**EVERYTHING["policy_kwargs"], "activation_fn": activation}}
