@@ -40,6 +40,7 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["sb3_ppo_penalty.algorithms.maskable", "sb3_contrib", "pytest", "torch._dynamo"])
 #: Seconds after which a test that hangs is one that failed
 PATIENCE = 300
+SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 5, "device": "cpu", "learning_rate": 3e-3}
 TINY = {"net_arch": [16]}
 
@@ -220,7 +221,7 @@ def in_one(case: str, ranks: list[dict[str, Any]], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
-@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("case", [pytest.param(each, marks=SLOW) if "compiled" in each else each for each in PARITY])
 def test_two_ranks_update_as_one_process_with_both_rollouts(
     case: str, updates: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -842,13 +843,13 @@ dist.destroy_process_group()
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", ["one exits", *(pytest.param(each, marks=SLOW) for each in ENDINGS if each != "one exits")])
 def test_no_process_group_outlives_its_session(ending: str) -> None:
     """Its threads would abort the process if they let go of a tensor while the interpreter ends."""
     script, codes = ENDINGS[ending]
     # New interpreters: what a child of this process would have imported already is part of what went wrong
     command = [sys.executable, "-c", BEGIN + script]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}", "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": f"{rank}"}, **pipes) for rank in (0, 1)]
     outputs = [rank.communicate(timeout=PATIENCE) for rank in ranks]
@@ -888,13 +889,12 @@ def test_a_model_is_trained_in_the_session_it_was_made_in(monkeypatch: pytest.Mo
 # As a user starts it
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2])
 def test_the_example(size: int, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{size}"] if size > 1 else []
     options = "--n-timesteps 256 --n-envs 2 --n-steps 32 --batch-size 16 --save-freq 32 --eval-freq 32 --out out"
     command = [sys.executable, *launcher, str(EXAMPLES / "train_distributed.py"), *shlex.split(options)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=PATIENCE)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(f"{size} process(es), 256 steps: mean return -") == 1
     assert run.stdout.count("Using cpu device") == 1

@@ -186,7 +186,11 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+#: The compiler takes seconds
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in ORDINARY]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_ordinary_file_predicts_and_learns_on_as_with_load(name: str) -> None:
     algorithm, policy, make, arguments = ORDINARY[name]
     trained = train(algorithm, policy, make(), **arguments)
