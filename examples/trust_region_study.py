@@ -22,9 +22,11 @@ import pandas as pd
 
 from sb3_ppo_penalty import ROBUST
 from sb3_ppo_penalty.study import cli, grid, results
-from sb3_ppo_penalty.study.algorithms import BASELINE
 from sb3_ppo_penalty.study.report import NO_VALUE, format_interval, format_number, markdown
 from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
+
+#: Stock PPO
+BASELINE = "ppo"
 
 
 class Scale(NamedTuple):

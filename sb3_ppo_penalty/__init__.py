@@ -1,5 +1,6 @@
 """PPO with an adaptive KL penalty, PPO-clip and a fixed-covariance Gaussian policy for Stable-Baselines3."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sb3_ppo_penalty.algorithms.ppo_clip import PPOClip
@@ -19,12 +20,14 @@ from sb3_ppo_penalty.version import __version__
 if TYPE_CHECKING:
     from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
     from sb3_ppo_penalty.algorithms.recurrent import RecurrentPPOClip, RecurrentPPOPenalty
+    from sb3_ppo_penalty.policies.recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 
 __all__ = [
     "ARTICLE_RECIPE",
     "PAPER",
     "PENDULUM",
     "ROBUST",
+    "CnnLstmPolicy",
     "CnnPolicy",
     "DualAscent",
     "Guard",
@@ -32,7 +35,9 @@ __all__ = [
     "KLPenalty",
     "KLReading",
     "MaskablePPOPenalty",
+    "MlpLstmPolicy",
     "MlpPolicy",
+    "MultiInputLstmPolicy",
     "MultiInputPolicy",
     "PPOClip",
     "PPOPenalty",
@@ -51,19 +56,24 @@ __all__ = [
 ]
 
 
+#: Names whose modules need sb3-contrib, which takes its time to import -> the module
+IMPORTED_LATER = {
+    "MaskablePPOPenalty": "algorithms.maskable",
+    "RecurrentPPOClip": "algorithms.recurrent",
+    "RecurrentPPOPenalty": "algorithms.recurrent",
+    "CnnLstmPolicy": "policies.recurrent",
+    "MlpLstmPolicy": "policies.recurrent",
+    "MultiInputLstmPolicy": "policies.recurrent",
+}
+
+
 def __getattr__(name: str) -> Any:
     """
-    Import what needs sb3-contrib only when it is asked for: it takes its time.
+    Import what needs sb3-contrib only when it is asked for.
 
     :param name: of the attribute
     :raises AttributeError: for a name that the package does not have
     """
-    if name == "MaskablePPOPenalty":
-        from sb3_ppo_penalty.algorithms.maskable import MaskablePPOPenalty
-
-        return MaskablePPOPenalty
-    if name in ("RecurrentPPOClip", "RecurrentPPOPenalty"):
-        from sb3_ppo_penalty.algorithms import recurrent
-
-        return getattr(recurrent, name)
+    if name in IMPORTED_LATER:
+        return getattr(import_module(f"{__name__}.{IMPORTED_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

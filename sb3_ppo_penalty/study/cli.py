@@ -31,8 +31,9 @@ PROGRAM = "python -m sb3_ppo_penalty compare"
 ALGORITHM_PATTERN = rf"(?:{'|'.join(ALGORITHMS)})(?:\+[\w.-]+)?"
 EPILOG = f"""\
 settings:
-  ppo_penalty and ppo_clip take this package's tuned entry for the environment, ppo and trpo RL Zoo's. Other entries:
-  --conf-file, in RL Zoo's YAML format, or field_protocol, which has those of published MuJoCo results (--n-timesteps 999424).
+  ppo_penalty, ppo_clip and ppo_penalty_lstm take this package's entry for the environment, ppo, trpo and ppo_lstm RL Zoo's.
+  Other entries: --conf-file, in RL Zoo's YAML format, or field_protocol, which has those of published MuJoCo results
+  (--n-timesteps 999424).
   Single values: --hyperparams, as Python literals (1e-3, True) or as RL Zoo's strings (lin_0.001, "dict(covariance=0.3)").
   Both take an algorithm's name in front, or hold for all of them.
 

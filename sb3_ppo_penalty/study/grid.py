@@ -261,7 +261,7 @@ def constructor_arguments(algo: str) -> set[str]:
     :param algo: name of the algorithm
     :return: names of the arguments
     """
-    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base_algorithm(algo)].zoo_name].__init__).parameters)
+    return set(inspect.signature(rl_zoo3.ALGOS[ALGORITHMS[base_algorithm(algo)].zoo_name]).parameters)
 
 
 def with_same_policy(algo: str, own: AlgorithmSettings, donor: str, shared: AlgorithmSettings) -> AlgorithmSettings:
@@ -305,10 +305,12 @@ def resolve_settings(
     :param overrides: hyperparameters of the command line, by algorithm
     :param donor: the algorithm whose entry all share under ``--same-policy``; None for each its own
     :return: settings by algorithm
-    :raises ValueError: if an algorithm's file cannot be read or has no entry that fits
+    :raises ValueError: if an algorithm's file cannot be read or has no entry that fits, or one has a memory and the donor none
     """
     settings = {}
     for algo in algos:
+        if donor is not None and ALGORITHMS[base_algorithm(algo)].recurrent != ALGORITHMS[donor].recurrent:
+            raise ValueError(f"--same-policy {donor}: {algo} cannot have its policy, since only one of them has a memory")
         if base_algorithm(algo) == ARTICLE:
             found = article_settings(task.env)
         else:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from sb3_ppo_penalty.study.algorithms import BASELINE
+from sb3_ppo_penalty.study.algorithms import baseline_of
 from sb3_ppo_penalty.study.grid import Comparison
 from sb3_ppo_penalty.study.results import Results, curves_of, summary, updates_of
 from sb3_ppo_penalty.study.run import TOTAL_STEPS
@@ -28,6 +28,8 @@ LINE_STYLES = {
     "ppo": ("#D55E00", "^"),
     "trpo": ("#009E73", "D"),
     "ppo_article": ("#CC79A7", "v"),
+    "ppo_penalty_lstm": ("#0072B2", "P"),
+    "ppo_lstm": ("#D55E00", "X"),
 }
 #: Styles of the variants
 VARIANT_COLORS = ("#56B4E9", "#882255", "#000000", "#999999", "#8B5A2B", "#5D3A9B")
@@ -390,7 +392,7 @@ def intervals(comparison: Comparison, results: Results) -> Figure:
     columns = [("final_return", "final return"), ("return_over_training", "return over training")]
     compared = "improvement" in figures and figures["improvement"].notna().any()
     if compared:
-        columns.append(("improvement", f"P(better than {BASELINE})"))
+        columns.append(("improvement", f"P(better than {baseline_of(results.algos)})"))
     names = [wrap(algo) for algo in figures.index]
     height = max(0.32, LINE_HEIGHT * max(1 + name.count("\n") for name in names) + 0.05)
     figure = Figure(figsize=(WIDTH, 0.9 + height * len(figures)), layout="constrained")

@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from pytablewriter import MarkdownTableWriter, String
 
 from sb3_ppo_penalty.study import plots
-from sb3_ppo_penalty.study.algorithms import ARTICLE, BASELINE
+from sb3_ppo_penalty.study.algorithms import ALGORITHMS, ARTICLE, baseline_of
 from sb3_ppo_penalty.study.grid import EVALUATION_ENVS, EVALUATION_SEED, Comparison, source_digest
 from sb3_ppo_penalty.study.references import ARTICLE_ITERATIONS, ARTICLE_RETURN, OPTIMA
 from sb3_ppo_penalty.study.results import Results, summary
@@ -81,17 +81,19 @@ def table(comparison: Comparison, results: Results) -> str:
     :return: Markdown table with a row for each algorithm
     """
     figures = summary(results, comparison.optimum)
-    rows = [_cells(comparison, algo, row) for algo, row in figures.iterrows()]
+    baseline = baseline_of(results.algos)
+    rows = [_cells(comparison, algo, row, baseline) for algo, row in figures.iterrows()]
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
+def _cells(comparison: Comparison, algo: str, row: pd.Series, baseline: str | None) -> dict[str, str]:
     """
     Write an algorithm's row of the main table.
 
     :param comparison: the comparison
     :param algo: name of the algorithm
     :param row: the algorithm's row of the summary
+    :param baseline: the algorithm that the others are compared with
     :return: cells by header
     """
     cells = {
@@ -102,7 +104,7 @@ def _cells(comparison: Comparison, algo: str, row: pd.Series) -> dict[str, str]:
     if comparison.optimum is not None:
         cells[f"gap to optimum {comparison.optimum}"] = format_number(row["gap_to_optimum"])
     if "improvement" in row:
-        cells[f"P(better than {BASELINE})"] = format_interval(row, "improvement", digits=2)
+        cells[f"P(better than {baseline})"] = format_interval(row, "improvement", digits=2)
     if comparison.threshold is not None:
         finite = np.isfinite(row["steps_to_threshold"])
         steps = format_number(row["steps_to_threshold"], 0) if finite else "not reached"
@@ -232,9 +234,11 @@ def explanation(comparison: Comparison) -> str:
             f"**gap to optimum**: {optimum} is the best possible mean over random starts, by dynamic programming. Over the "
             "default 1,000 starts it is within 0.3 of that; over n others it can be off by 74 / sqrt(n), equally for all."
         )
-    if any(run.algo == BASELINE for run in comparison.runs):
+    baseline = baseline_of({run.algo for run in comparison.runs})
+    if baseline is not None:
+        stock = "sb3-contrib's RecurrentPPO" if ALGORITHMS[baseline].recurrent else "stock PPO"
         lines.append(
-            f"**P(better than {BASELINE})**: probability that a run ends with a higher return than one of stock PPO, a tie "
+            f"**P(better than {baseline})**: probability that a run ends with a higher return than one of {stock}, a tie "
             f"counting half (Mann-Whitney); from {MIN_SEEDS} seeds of both on."
         )
     if threshold is not None:

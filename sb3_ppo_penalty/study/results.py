@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from sb3_ppo_penalty.study.algorithms import BASELINE
+from sb3_ppo_penalty.study.algorithms import baseline_of
 from sb3_ppo_penalty.study.execution import RUNS, is_finished
 from sb3_ppo_penalty.study.grid import Run
 from sb3_ppo_penalty.study.run import BATCH_RETURN, EVALUATIONS, PROGRESS, RESULT, TOTAL_STEPS
@@ -193,8 +193,9 @@ def _summary_row(results: Results, algo: str, optimum: float | None) -> dict[str
     row["reached_threshold"] = int(np.isfinite(runs["steps_to_threshold"]).sum())
     row["steps_to_threshold"] = iqm(runs["steps_to_threshold"])
     row["steps_per_second"] = iqm(runs["steps_per_second"])
-    if algo != BASELINE and BASELINE in results.algos:
-        samples = runs["final_return"], results.runs.loc[results.runs["algo"] == BASELINE, "final_return"]
+    baseline = baseline_of(results.algos)
+    if baseline not in (None, algo):
+        samples = runs["final_return"], results.runs.loc[results.runs["algo"] == baseline, "final_return"]
         better = probability_of_improvement(*samples) if min(map(len, samples)) >= MIN_SEEDS else np.nan
         low, high = improvement_interval(*samples)
         row |= {"improvement": better, "improvement_low": low, "improvement_high": high}

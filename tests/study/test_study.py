@@ -26,9 +26,10 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 
-from sb3_ppo_penalty import PPOPenalty, zoo
+from sb3_ppo_penalty import MlpLstmPolicy, PPOPenalty, RecurrentPPOPenalty, zoo
 from sb3_ppo_penalty.study import cli, execution, grid, plots, report, results, statistics
 from sb3_ppo_penalty.study.run import EVALUATION_SEED, perform
 
@@ -274,6 +275,23 @@ def test_same_policy_makes_ppo_clip_and_stock_ppo_the_same(same_policy, tmp_path
     assert returns[0] == returns[1]
     assert all(th.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])
     assert parameters[0]["covariance"].item() == pytest.approx(0.7)
+
+
+def test_algorithms_with_a_memory_are_compared_with_the_stock_one_that_has_it(tmp_path: Path) -> None:
+    words = ["--env", "CartPoleNoVel-v1", "--algos", "ppo_penalty_lstm", "ppo_lstm", "--same-policy", "ppo_penalty_lstm"]
+    words += ["--seeds", "3", "--n-timesteps", "512", "--n-eval-episodes", "4", "--n-jobs", "1", "--out", str(tmp_path)]
+    assert cli.main([*words, "--hyperparams", "n_epochs=2"]) == 0
+    penalty, stock = sorted((tmp_path / "runs").glob("*-seed0-*"), key=lambda folder: folder.name.startswith("ppo_lstm"))
+    policies = [
+        algorithm.load(folder / "CartPoleNoVel-v1.zip").policy
+        for algorithm, folder in ((RecurrentPPOPenalty, penalty), (RecurrentPPO, stock))
+    ]
+    assert [type(policy) for policy in policies] == [MlpLstmPolicy, MlpLstmPolicy]
+    report = (tmp_path / "report.md").read_text()
+    assert "| P(better than ppo_lstm) |" in report
+    assert "a higher return than one of sb3-contrib's RecurrentPPO" in report
+    with pytest.raises(ValueError, match="--same-policy ppo_clip: ppo_lstm cannot have its policy, since only one of them"):
+        plan("--algos", "ppo_lstm", "--same-policy")
 
 
 # ---------------------------------------------------------------------------------------------------------- the command line
