@@ -28,7 +28,14 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_penalty import PPOClip, PPOPenalty, ResumableCheckpointCallback, latest_checkpoint, resume
+from sb3_ppo_penalty import (
+    PPOClip,
+    PPOPenalty,
+    RecurrentPPOPenalty,
+    ResumableCheckpointCallback,
+    latest_checkpoint,
+    resume,
+)
 from sb3_ppo_penalty.distributed import session
 from sb3_ppo_penalty.distributed.team import Team
 from sb3_ppo_penalty.rollouts.rollout import Transitions
@@ -499,6 +506,9 @@ def unlike(ranks: Ranks, folder: Path) -> dict[str, Any]:
             normalized({}, {"norm_obs": False}),
             normalized({"clip_reward": 5.0}, {}),
         ],
+        "memory": outcome_of(
+            lambda: RecurrentPPOPenalty("MlpLstmPolicy", "Pendulum-v1", policy_kwargs=TINY, **SMALL).learn(64)
+        ),
         "buffer": [learn(rollout_buffer_class=OwnGet), outcome_of(lambda: assigned.learn(64))],
         "n_epochs": learn(n_epochs=2 + ranks.rank),
         "kl_coef": learn(kl_coef=1.0 + ranks.rank),
@@ -640,6 +650,7 @@ def test_ranks_that_do_not_fit_together_are_told_so(two: Two) -> None:
             assert message.startswith(
                 f"ArgumentError: `{name}` must be one with SB3's own `get` and `_get_samples` on several"
             )
+        assert each["memory"].startswith("ArgumentError: RecurrentPPOPenalty trains in a single process: sb3-contrib's buffer")
         assert "ranks hold different weights" in each["meddled"]
         assert each["meddled"].startswith("RankError")
         for problem in each["VecNormalize"]:
