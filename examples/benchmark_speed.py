@@ -5,6 +5,7 @@ Measure how fast training is beside stock PPO: steps per second, collection and 
     python examples/benchmark_speed.py --parts grid   # ... over environments, numbers of environments, batch sizes
     python examples/benchmark_speed.py --parts scale  # ... over the width of the networks and the number of actions
     python examples/benchmark_speed.py --parts memory # peak memory, also for a rollout of images; needs 4 GB
+    python examples/benchmark_speed.py --parts recurrent # policies with a memory, beside sb3-contrib's RecurrentPPO
 
 Every contender trains the same networks with SB3's default hyperparameters. They take turns, one rollout with its update at
 a time in one process, and what is reported are medians of ratios within a turn: whatever else the machine is doing, it does
@@ -41,7 +42,8 @@ from stable_baselines3.common.envs import FakeImageEnv
 from sb3_ppo_penalty import PPOClip, PPOPenalty
 
 #: Name of a contender -> its class and arguments
-CONTENDERS: dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]] = {
+Contenders = dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]]
+CONTENDERS: Contenders = {
     "stock PPO": (PPO, {}),
     "PPOClip": (PPOClip, {}),
     "PPOPenalty": (PPOPenalty, {}),
@@ -83,7 +85,7 @@ class CheapEnv(gym.Env[Any, Any]):
         return observation, -float(np.square(action).mean()), False, self.steps == 200, {}
 
 
-def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]]:
+def contenders() -> Contenders:
     """
     List the contenders, with SBX where it is installed.
 
@@ -96,6 +98,27 @@ def contenders() -> dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]
     return {**CONTENDERS, "SBX PPO": (sbx.PPO, {})}
 
 
+def recurrent_contenders() -> Contenders:
+    """
+    List the contenders with a memory: this package's algorithms with sb3-contrib's policy and with its own.
+
+    :return: class and its arguments by name
+    """
+    from sb3_contrib import RecurrentPPO
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+    from sb3_ppo_penalty import RecurrentPPOClip, RecurrentPPOPenalty
+
+    theirs = {"policy": RecurrentActorCriticPolicy}
+    return {
+        "RecurrentPPO": (RecurrentPPO, {}),
+        "RecurrentPPOClip, sb3-contrib's policy": (RecurrentPPOClip, theirs),
+        "RecurrentPPOPenalty, sb3-contrib's policy": (RecurrentPPOPenalty, theirs),
+        "RecurrentPPOClip": (RecurrentPPOClip, {}),
+        "RecurrentPPOPenalty": (RecurrentPPOPenalty, {}),
+    }
+
+
 class TimedTraining:
     """
     A contender whose collection and update are timed rollout by rollout.
@@ -103,11 +126,14 @@ class TimedTraining:
     :param algorithm: class of the algorithm
     :param env: id of the environment, or a function that makes one
     :param n_envs: number of environments
+    :param policy: as the algorithm takes it
     :param options: arguments of the algorithm
     """
 
-    def __init__(self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, **options: Any) -> None:
-        self.model = algorithm("MlpPolicy", make_vec_env(env, n_envs, seed=0), seed=0, **options)
+    def __init__(
+        self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, policy: Any = "MlpPolicy", **options: Any
+    ) -> None:
+        self.model = algorithm(policy, make_vec_env(env, n_envs, seed=0), seed=0, **options)
         self.train, self.update_s = self.model.train, 0.0
         self.model.train = self._timed_train  # type: ignore[method-assign]
         self.turns: list[tuple[float, float]] = []
@@ -126,30 +152,37 @@ class TimedTraining:
 
 
 def run_case(
-    part: str, name: str, env: Any, repetitions: int, names: Sequence[str] = (), **options: Any
+    part: str,
+    name: str,
+    env: Any,
+    repetitions: int,
+    names: Sequence[str] = (),
+    among: Contenders | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """
-    Let the contenders take turns at one case.
+    Let the contenders take turns at one case; the first is what the others are compared with.
 
     :param part: name of the benchmark's part
     :param name: name of the case
     :param env: id of the environment, or a function that makes one
     :param repetitions: number of turns after the first
     :param names: names of the contenders; default: all
+    :param among: the contenders; default: those without a memory
     :param options: ``n_envs`` and arguments of the algorithms
     :return: a row for each contender
     """
     n_envs = options.pop("n_envs", 4)
     runs = {
         key: TimedTraining(algorithm, env, n_envs, device="cpu", **{**options, **own})
-        for key, (algorithm, own) in contenders().items()
+        for key, (algorithm, own) in (among or contenders()).items()
         if not names or key in names
     }
     for _ in range(repetitions + 1):
         for run in runs.values():
             run()
     rows = []
-    stock = np.array(runs["stock PPO"].turns[1:])
+    stock = np.array(next(iter(runs.values())).turns[1:])
     for key, run in runs.items():
         turns = np.array(run.turns[1:])
         collect, update = (stock / turns).T
@@ -237,6 +270,25 @@ def scale_part(repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
+def recurrent_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    Measure policies with a memory of 64 units, as all of RL Zoo's entries for small tasks have.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each case and contender
+    """
+    common: dict[str, Any] = {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 64, "net_arch": [64]}}
+    cases = {
+        "Pendulum-v1": {"n_envs": 4, "n_steps": 128},
+        "CartPole-v1": {"n_envs": 8, "n_steps": 32, "batch_size": 256, "n_epochs": 20},
+    }
+    rows = []
+    for env, options in cases.items():
+        name = f"{env}, n_envs {options['n_envs']}, n_steps {options['n_steps']}, batch {options.get('batch_size', 128)}"
+        rows += run_case("recurrent", name, env, repetitions, among=recurrent_contenders(), **common, **options)
+    return rows
+
+
 def peak_memory(contender: str, images: bool) -> float:
     """
     Measure the peak memory of this process while it collects one rollout and learns from it.
@@ -281,6 +333,7 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "grid": grid_part,
     "scale": scale_part,
     "memory": memory_part,
+    "recurrent": recurrent_part,
 }
 
 
@@ -297,7 +350,8 @@ def report(part: str, rows: Sequence[dict[str, Any]], repetitions: int) -> str:
     head = f"# Speed: {part}\n\n`python examples/benchmark_speed.py --parts {part} --repetitions {repetitions}`, {versions}, "
     head += f"{os.cpu_count()} cores ({platform.machine()}), one thread.\n"
     if part != "memory":
-        return f"{head}Medians of {repetitions} turns; ratios are to stock PPO in the same turn.\n\n{table(rows)}\n"
+        first = rows[0]["contender"]
+        return f"{head}Medians of {repetitions} turns; ratios are to {first} in the same turn.\n\n{table(rows)}\n"
     lines = ["| rollout | contender | peak memory | to stock PPO |", "|---|---|---|---|"]
     lines += [f"| {r['case']} | {r['contender']} | {r['peak_mb']:,} MB | {r['ratio']:.3f} |" for r in rows]
     return f"{head}\n" + "\n".join(lines) + "\n"

@@ -408,6 +408,20 @@ def test_speed_is_that_of_the_real_algorithms() -> None:
     assert all(0 < row["steps_per_second"] < 1e6 and row["ratio"] > 0 for row in rows)
 
 
+def test_speed_with_a_memory_is_compared_with_that_of_recurrent_ppo() -> None:
+    script = script_module("benchmark_speed")
+    options = {
+        "n_steps": 16,
+        "batch_size": 16,
+        "n_envs": 2,
+        "policy": "MlpLstmPolicy",
+        "policy_kwargs": {"lstm_hidden_size": 8},
+    }
+    rows = script.run_case("recurrent", "a case", "CartPole-v1", 1, among=script.recurrent_contenders(), **options)
+    assert (rows[0]["contender"], rows[0]["update_ratio"], len(rows)) == ("RecurrentPPO", 1.0, 5)
+    assert all(0 < row["steps_per_second"] < 1e6 and row["ratio"] > 0 for row in rows)
+
+
 def test_peak_memory_is_that_of_the_process() -> None:
     script = script_module("benchmark_speed")
     # A process with torch in it, in MB
