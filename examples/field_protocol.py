@@ -187,12 +187,12 @@ def path_of(out: Path, env_id: str, method: str, seed: int) -> Path:
     return out / "runs" / env_id / f"{method}-{seed}.json"
 
 
-def run_one(env_id: str, method: str, seed: int, steps: int, out: Path) -> None:
-    """Perform a run and write its file, which appears whole or not at all."""
-    path = path_of(out, env_id, method, seed)
+def keep(run: dict[str, Any], out: Path) -> None:
+    """Write the file of a run, which appears whole or not at all."""
+    path = path_of(out, run["env"], run["method"], run["seed"])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(rounded(perform(env_id, method, seed, steps)), default=repr))
+    unfinished.write_text(json.dumps(rounded(run), default=repr))
     unfinished.replace(path)
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     chosen = parser.parse_args()
     if chosen.command == "one":
-        run_one(chosen.envs[0], chosen.methods[0], chosen.seeds[0], chosen.steps, chosen.out)
+        keep(perform(chosen.envs[0], chosen.methods[0], chosen.seeds[0], chosen.steps), chosen.out)
     else:
         run_all(chosen)
 
