@@ -23,7 +23,7 @@ import pandas as pd
 from sb3_ppo_penalty import ROBUST
 from sb3_ppo_penalty.study import cli, grid, results
 from sb3_ppo_penalty.study.report import NO_VALUE, format_interval, format_number, markdown
-from sb3_ppo_penalty.study.statistics import iqm, iqm_interval
+from sb3_ppo_penalty.study.statistics import MIN_SEEDS, iqm, iqm_interval
 
 #: Stock PPO
 BASELINE = "ppo"
@@ -211,7 +211,8 @@ def write(rows: pd.DataFrame, comparisons: Sequence[grid.Comparison], out: Path)
     for comparison in comparisons:
         own = rows[rows["env"] == comparison.task.env]
         seeds = sorted({run.seed for run in comparison.runs})
-        head = f"## {comparison.task.env}\n\n{comparison.task.n_timesteps:,} steps, seeds {seeds[0]} to {seeds[-1]}, "
+        few = "" if len(seeds) >= MIN_SEEDS else " (too few for intervals)"
+        head = f"## {comparison.task.env}\n\n{comparison.task.n_timesteps:,} steps, seeds {seeds[0]} to {seeds[-1]}{few}, "
         parts.append(f"{head}{comparison.task.n_eval_episodes} evaluation episodes.\n\n{table(own)}")
     (out / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     rows.to_csv(out / "summary.csv", index=False, float_format="%.6g")

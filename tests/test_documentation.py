@@ -1,5 +1,6 @@
 """What the documentation says of the package: its log keys and files. Its Python blocks are run by ``test_package.py``."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.study.statistics import MIN_SEEDS
 
 DOCS = Path(__file__).parent.parent / "docs"
 SMALL = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0}
@@ -41,3 +43,14 @@ def test_every_key_that_is_logged_beside_those_of_ppo_is_documented_and_no_other
 def test_files_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"`(?:\S+ )*((?:examples|tests|\.ci)/[\w./-]+)(?: [^`]*)?`", page.read_text())
     assert [name for name in named if not (DOCS.parent / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((DOCS.parent / "examples/results").rglob("*.csv")), ids=lambda path: str(path.parent.name)
+)
+def test_results_of_fewer_than_three_seeds_have_neither_intervals_nor_a_probability(path: Path) -> None:
+    with path.open() as file:
+        few = [row for row in csv.DictReader(file) if int(row.get("seeds") or MIN_SEEDS) < MIN_SEEDS == 3]
+    assert [
+        value for row in few for name, value in row.items() if name.endswith(("_low", "_high", "improvement")) and value
+    ] == []
