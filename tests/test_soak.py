@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import math
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -32,12 +34,13 @@ def test_a_few_seconds(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
         rows = list(csv.DictReader(file))
     assert [row["cycles"] for row in rows] == ["2", "4", "6", "8"]
     assert [row["reset"] for row in rows] == ["True", "False", "True", "False"]
+    # As the kernel tells in another place; training has ended, but its memory has hardly been given back
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     for row in rows:
         assert int(row["updates"]) >= 1
         assert int(row["steps"]) > 256
-        # 64 to 65,536 MiB: a process with PyTorch
-        assert 64 < float(row["rss_mib"]) < 2**16
-        assert int(row["files"]) > 2
+        assert float(row["rss_mib"]) == pytest.approx(resident, rel=0.1)
+        assert int(row["files"]) == pytest.approx(len(os.listdir("/proc/self/fd")), abs=3)
     assert soak.main([*arguments, "--max-growth", "-25"]) == 1
     assert "- resident memory grew by" in (tmp_path / "soak.md").read_text()
     with pytest.raises(SystemExit):
