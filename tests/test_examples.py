@@ -2,11 +2,12 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
@@ -29,11 +30,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(script: str, *arguments: str, folder: Path) -> str:
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    finished = subprocess.run(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def run_here(name: str, *arguments: str, folder: Path) -> str:
+    """The same without the seconds that a process takes to import torch."""
+    with chdir(folder), redirect_stdout(StringIO()) as said:
+        script_module(name).main(arguments)
+    return said.getvalue()
 
 
 def script_module(name: str) -> ModuleType:
@@ -139,9 +145,8 @@ def integral(integrand: Callable[[np.ndarray], np.ndarray]) -> float:
 
 def test_importance_sampling_table_against_integrals(tmp_path):
     n_samples = 200_000
-    output = run(
-        "importance_sampling.py", "--n-samples", str(n_samples), "--out", str(tmp_path / "picture.png"), folder=tmp_path
-    )
+    arguments = ["--n-samples", str(n_samples), "--out", str(tmp_path / "picture.png")]
+    output = run_here("importance_sampling", *arguments, folder=tmp_path)
     lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["shift", "width"])
     names = lines[start].split()
@@ -177,18 +182,8 @@ def test_importance_sampling_table_against_integrals(tmp_path):
 
 
 def test_article_recipe_logs_saves_and_renders_like_the_article(tmp_path):
-    output = run(
-        "article_recipe.py",
-        "--n-timesteps",
-        "4400",
-        "--save-freq",
-        "1",
-        "--render-every",
-        "2",
-        "--seed",
-        "3",
-        folder=tmp_path,
-    )
+    arguments = ["--n-timesteps", "4400", "--save-freq", "1", "--render-every", "2", "--seed", "3"]
+    output = run_here("article_recipe", *arguments, folder=tmp_path)
     out = tmp_path / "runs" / "article_recipe"
     rows = rows_of(out / "progress.csv")
     # Each line belongs to one iteration: its own batch and its own ten updates
@@ -262,6 +257,7 @@ def features(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return out, printed
 
 
+@pytest.mark.slow
 def test_callbacks_evaluate_save_and_stop(features):
     out, printed = features[0] / "callbacks", features[1]["callbacks"]
     evaluations = np.load(out / "evaluations.npz")
@@ -283,6 +279,7 @@ def test_callbacks_evaluate_save_and_stop(features):
     assert action in (0, 1)
 
 
+@pytest.mark.slow
 def test_normalization_is_saved_with_the_model(features):
     out, printed = features[0] / "normalization", features[1]["normalization"]
     match = re.search(r"mean return (\S+), after loading (\S+); kl_coef (\S+), after loading (\S+)\n", printed)
@@ -299,6 +296,7 @@ def test_normalization_is_saved_with_the_model(features):
     assert np.abs(env.reset()).max() <= 10
 
 
+@pytest.mark.slow
 def test_subprocesses_each_ran_their_own_episodes(features):
     out, printed = features[0] / "subprocesses", features[1]["subprocesses"]
     assert "2048 steps from 2 processes\n" in printed
@@ -312,6 +310,7 @@ def test_subprocesses_each_ran_their_own_episodes(features):
     assert PPOPenalty.load(out / "model").num_timesteps == 2048
 
 
+@pytest.mark.slow
 def test_loggers_agree(features):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -339,6 +338,7 @@ def test_unknown_feature_is_named(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_train_pendulum_writes_what_it_promises(tmp_path):
     arguments = ["--seed", "1", "--n-timesteps", "10240", "--n-eval-episodes", "100", "--out", "made"]
     printed = run("train_pendulum.py", *arguments, folder=tmp_path)
@@ -422,12 +422,14 @@ def test_speed_with_a_memory_is_compared_with_that_of_recurrent_ppo() -> None:
     assert all(0 < row["steps_per_second"] < 1e6 and row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process() -> None:
     script = script_module("benchmark_speed")
     # A process with torch in it, in MB
     assert 100 < script.peak_memory("stock PPO", images=False) < 20_000
 
 
+@pytest.mark.slow
 def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
     words = ["--envs", "CartPole-v1", "--variants", "fixed", "robust", "--share", "0.05", "--seeds", "1", "--n-jobs", "1"]
     run("trust_region_study.py", *words, folder=tmp_path)
@@ -483,6 +485,7 @@ def test_scaling_fits_no_negative_times() -> None:
     assert line([1, 2, 4], [7, 3, 1]) == (pytest.approx(1.3046, abs=1e-4), 0)
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_and_planned(tmp_path: Path) -> None:
     options = "--n-envs 1 2 --rollout 64 --repetitions 1 --all-reduce-repetitions 2 --out out"
     text = run("benchmark_scaling.py", *options.split(), folder=tmp_path)
@@ -501,6 +504,7 @@ def test_scaling_is_measured_and_planned(tmp_path: Path) -> None:
     assert "which is a plan and not a measurement" in text
 
 
+@pytest.mark.slow
 def test_field_protocol_trains_and_reports(tmp_path):
     words = ("--steps", "4096", "--seeds", "11", "--out", str(tmp_path), "--n-jobs", "1")
     run("field_protocol.py", "run", "Pendulum-v1", "--methods", "clip", "sampled", *words, folder=tmp_path)

@@ -159,7 +159,7 @@ def run_installed(code: str, extras: Iterable[str], site: Path, metadata: Messag
     finished = subprocess.run(
         [sys.executable, "-P", "block.py"],
         cwd=folder / "work",
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -217,7 +217,11 @@ def test_every_python_block_is_found() -> None:
     assert len(BLOCKS) == sum(len(fence.findall(path.read_text())) for path in documents(ROOT)) >= 5
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+#: One is tried at once, the others take minutes
+CASES = [pytest.param(each, marks=() if each.place.startswith("docs/index.md") else pytest.mark.slow) for each in BLOCKS]
+
+
+@pytest.mark.parametrize("block", CASES, ids=lambda block: block.place)
 def test_python_block_of_the_documentation_runs(block: Block, site: Path, metadata: Message, tmp_path: Path) -> None:
     printed = run_installed(block.code, block.extras, site, metadata, tmp_path)
     if block == BLOCKS[0]:
