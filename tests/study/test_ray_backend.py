@@ -134,6 +134,7 @@ def make_study(ray_cluster: dict[str, str], tmp_path_factory) -> dict:
     return {"out": out, "before": before, "said": said, "errors": errors}
 
 
+@pytest.mark.slow
 def test_runs_arrive_as_they_finish_and_what_is_there_is_not_made_again(study) -> None:
     kept = {name.split("/")[1] for name in study["before"]}
     after = finished(study["out"])
@@ -146,11 +147,13 @@ def test_runs_arrive_as_they_finish_and_what_is_there_is_not_made_again(study) -
     assert "compare --backend ray" in (study["out"] / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_but_the_bar_is_written_to_the_terminal(study) -> None:
     words = re.sub(r"\s*\d*%\|.*?\|[^|]*left", "", study["errors"])
     assert words.strip() == ""
 
 
+@pytest.mark.slow
 def test_results_are_those_of_this_machine_bit_by_bit(study, tmp_path: Path) -> None:
     comparison = cli.build_comparison(cli.build_parser().parse_args([*GRID, "--out", str(study["out"])]), "")
     for run in comparison.runs:
@@ -173,6 +176,7 @@ def make_at_the_cluster(ray_cluster: dict[str, str], monkeypatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_the_cluster")
 def test_a_worker_that_dies_is_its_run_s_failure_and_the_others_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
@@ -191,6 +195,7 @@ def test_a_worker_that_dies_is_its_run_s_failure_and_the_others_go_on(tmp_path: 
     assert "2 of 3 runs failed" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_the_cluster")
 def test_gpus_that_the_cluster_does_not_have_are_not_waited_for(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as end:
@@ -293,6 +298,7 @@ def test_where_nothing_remains_to_be_done_no_cluster_is_needed(tmp_path: Path) -
     assert execution.execute([run], tmp_path, 1, lambda *_: pytest.fail("asked for")) == {}
 
 
+@pytest.mark.slow
 def test_no_cluster_is_one_sentence_that_says_how_to_start_one(nobody: subprocess.Popen) -> None:
     _, errors = nobody.communicate(timeout=120)
     assert nobody.returncode == 1
