@@ -354,8 +354,9 @@ def write(out: Path) -> None:
                 [row.env, row.method, *each] for each in zip(row.seeds, row.returns, row.without_noise, strict=True)
             )
     if rows:
-        draw_returns(reported, rows, out / "returns")
-        draw_updates(reported, list(dict.fromkeys(row.env for row in rows)), out / "updates")
+        with plt.style.context("sb3_ppo_penalty.study.pictures"):
+            draw_returns(reported, rows, out / "returns")
+            draw_updates(reported, list(dict.fromkeys(row.env for row in rows)), out / "updates")
 
 
 if __name__ == "__main__":

@@ -158,15 +158,13 @@ def draw_means(axes: Axes) -> None:
         showfliers=False,
         manage_ticks=False,
         patch_artist=True,
-        boxprops={"facecolor": "#c6dbef", "edgecolor": "tab:blue"},
-        whiskerprops={"color": "tab:blue"},
-        capprops={"color": "tab:blue"},
-        medianprops={"color": "tab:blue"},
+        boxprops={"facecolor": "#c6dbef", "edgecolor": "C0"},
+        whiskerprops={"color": "C0"},
+        capprops={"color": "C0"},
+        medianprops={"color": "C0"},
     )
     boxes["boxes"][0].set_label(f"estimates from {ROLLOUT} samples")
-    axes.plot(
-        shifts, [values.mean() for values in estimates], "D", color="tab:red", markersize=4, label="mean of the estimates"
-    )
+    axes.plot(shifts, [values.mean() for values in estimates], "D", color="C2", markersize=4, label="mean of the estimates")
     axes.set(title="(a) equal means", xlabel="shift of q", ylabel=r"estimate of $E_q[f\,p/q]$", ylim=(0.65, 1.65))
     axes.legend(loc="upper left", frameon=False)
 
@@ -180,7 +178,7 @@ def draw_against_shift(axes: Axes, field: str, n_samples: int) -> None:
     :param n_samples: number of samples for each dot
     """
     line, dots = [0.02 * step for step in range(101)], [0.25 * step for step in range(9)]
-    for width, colour in zip(WIDTHS, ("tab:orange", "tab:blue", "tab:green"), strict=True):
+    for width, colour in zip(WIDTHS, ("C1", "C0", "C3"), strict=True):
         exact = [getattr(closed_form(shift, width), field) for shift in line]
         sampled = [getattr(monte_carlo(shift, width, n_samples), field) for shift in dots]
         axes.plot(line, exact, color=colour, label=f"width {width:g}")
@@ -195,8 +193,7 @@ def draw(out: Path, n_samples: int) -> None:
     :param out: path of the picture
     :param n_samples: number of samples for each dot
     """
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with plt.style.context("sb3_ppo_penalty.study.pictures"):
         figure, (means, variances, sizes) = plt.subplots(1, 3, figsize=(10.4, 3.3), layout="constrained")
         draw_means(means)
         draw_against_shift(variances, "variance", n_samples)
@@ -205,7 +202,8 @@ def draw(out: Path, n_samples: int) -> None:
         variances.legend(loc="upper left", frameon=False)
         draw_against_shift(sizes, "effective_sample_size", n_samples)
         sizes.set(title="(c) what the samples are worth", ylabel="effective sample size (fraction)", ylim=(0, 1.05))
-        figure.savefig(out, dpi=150)
+        for ending in (".png", ".pdf"):
+            figure.savefig(out.with_suffix(ending))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

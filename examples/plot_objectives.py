@@ -97,7 +97,7 @@ def draw_clip(axes: Axes) -> None:
     :param axes: axes to draw on
     """
     ratio = th.linspace(0, 2, 401)
-    axes.plot(ratio, clip_curve(ratio), color="tab:blue", linewidth=2)
+    axes.plot(ratio, clip_curve(ratio), color="C0", linewidth=2)
     axes.set(title="(a) the clip function", ylabel=r"$\mathrm{clip}(r,\ 1-\epsilon,\ 1+\epsilon)$")
     mark_clip_range(axes, 1)
 
@@ -111,10 +111,10 @@ def draw_surrogate(axes: Axes, advantage: float) -> None:
     """
     ratio = th.linspace(0, 2, 401)
     unclipped, clipped = surrogate_curve(ratio, advantage), advantage * clip_curve(ratio)
-    axes.plot(ratio, unclipped, color="tab:green", linewidth=2, linestyle=(0, (5, 2)), label=r"$r\,A$")
-    axes.plot(ratio, clipped, color="tab:blue", linewidth=2, linestyle=(0, (2, 1)), label=r"$\mathrm{clip}(r)\,A$")
+    axes.plot(ratio, unclipped, color="C3", linewidth=2, linestyle=(0, (5, 2)), label=r"$r\,A$")
+    axes.plot(ratio, clipped, color="C0", linewidth=2, linestyle=(0, (2, 1)), label=r"$\mathrm{clip}(r)\,A$")
     minimum = clipped_surrogate_curve(ratio, advantage)
-    axes.plot(ratio, minimum, color="tab:red", linewidth=5, alpha=0.45, label="their minimum")
+    axes.plot(ratio, minimum, color="C2", linewidth=5, alpha=0.45, label="their minimum")
     title = "(b) a good action, $A = 1$" if advantage > 0 else "(c) a bad action, $A = -1$"
     axes.set(title=title, ylabel="objective of the sample")
     axes.legend(loc="upper left" if advantage > 0 else "lower left", frameon=False)
@@ -170,14 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = parser.parse_args(arguments).out
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with plt.style.context("sb3_ppo_penalty.study.pictures"):
         figure, panels = plt.subplots(2, 2, figsize=(7.6, 6), layout="constrained")
         draw_clip(panels[0, 0])
         draw_surrogate(panels[0, 1], 1.0)
         draw_surrogate(panels[1, 0], -1.0)
         draw_penalized(panels[1, 1])
-        figure.savefig(out, dpi=150)
+        for ending in (".png", ".pdf"):
+            figure.savefig(out.with_suffix(ending))
     print(f"wrote {out}")
 
 

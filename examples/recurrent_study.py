@@ -266,6 +266,7 @@ def of(runs: list[dict[str, Any]], env_id: str, method: str) -> list[dict[str, A
     return [run for run in runs if (run["env"], run["method"]) == (env_id, method)]
 
 
+@plt.style.context("sb3_ppo_penalty.study.pictures")
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """
     Draw return and divergence of each task, a row for each.
@@ -289,7 +290,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 axis.fill_between(steps, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=110)
+    for ending in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(ending), dpi=110)
     plt.close(figure)
 
 

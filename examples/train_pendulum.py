@@ -84,15 +84,16 @@ def plot_learning_curve(evaluations: Path, path: Path, seed: int) -> None:
     """
     data = np.load(evaluations)
     steps, returns = data["timesteps"], data["results"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    low, high = np.quantile(returns, [0.25, 0.75], axis=1)
-    axes.fill_between(steps, low, high, alpha=0.25, linewidth=0, label="middle half of 20 episodes")
-    axes.plot(steps, returns.mean(axis=1), marker="o", markersize=3, label="mean of 20 episodes")
-    axes.axhline(OPTIMUM, color="black", linestyle="--", linewidth=1, label=f"optimum {OPTIMUM}")
-    axes.set(xlabel="environment steps", ylabel="return of an episode", title=f"PPOPenalty on {ENV_ID}, seed {seed}")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with plt.style.context("sb3_ppo_penalty.study.pictures"):
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        low, high = np.quantile(returns, [0.25, 0.75], axis=1)
+        axes.fill_between(steps, low, high, alpha=0.25, linewidth=0, label="middle half of 20 episodes")
+        axes.plot(steps, returns.mean(axis=1), marker="o", markersize=3, label="mean of 20 episodes")
+        axes.axhline(OPTIMUM, color="black", linestyle="--", linewidth=1, label=f"optimum {OPTIMUM}")
+        axes.set(xlabel="environment steps", ylabel="return of an episode", title=f"PPOPenalty on {ENV_ID}, seed {seed}")
+        axes.legend(loc="lower right")
+        for ending in (".png", ".pdf"):
+            figure.savefig(path.with_suffix(ending))
     plt.close(figure)
 
 

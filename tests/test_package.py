@@ -60,7 +60,8 @@ def test_sdist_holds_what_the_tests_and_the_documentation_need(dist: Path) -> No
 def test_wheel_holds_the_package_its_types_and_its_data(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_ppo_penalty").rglob("*.py")}
-    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_ppo_penalty").rglob("*.yml")}
+    kinds = ("*.yml", "*.mplstyle")
+    data = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "sb3_ppo_penalty").rglob(kind)}
     assert sources | data | {"sb3_ppo_penalty/py.typed"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
@@ -34,21 +35,10 @@ LINE_STYLES = {
 #: Styles of the variants
 VARIANT_COLORS = ("#56B4E9", "#882255", "#000000", "#999999", "#8B5A2B", "#5D3A9B")
 VARIANT_MARKERS = ("P", "X", "<", ">", "h", "*", "p")
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    # Labels are measured before the figure is saved, so both must use the same resolution
-    "figure.dpi": 200,
-    "savefig.dpi": "figure",
-}
+#: Of matplotlib, for all pictures of this project
+STYLE = "sb3_ppo_penalty.study.pictures"
+#: Endings of the files that each picture is written to
+FORMATS = (".png", ".pdf")
 #: Columns that hold a KL, exact ones first, and how each is measured
 DIVERGENCES = (("train/kl", "exact"), ("train/approx_kl", "SB3's estimate"), ("train/kl_divergence_loss", "TRPO's own"))
 WIDTH = 7.2
@@ -98,11 +88,12 @@ def draw(comparison: Comparison, results: Results) -> dict[str, str]:
         ),
     }
     captions = {}
-    with mpl.rc_context(STYLE):
+    with mpl.style.context(STYLE):
         for name, (picture, caption) in pictures.items():
             figure = picture(comparison, results)
             separate_ticks(figure)
-            figure.savefig(comparison.out / name)
+            for ending in FORMATS:
+                figure.savefig((comparison.out / name).with_suffix(ending))
             captions[name] = caption
     return captions
 
