@@ -21,7 +21,8 @@ class MissingExtraError(ModuleNotFoundError):
     """
 
     def __init__(self, what: str, *names: str, extra: str = "zoo") -> None:
-        sentence = f'{what} cannot run without {" and ".join(names)}: pip install "sb3_ppo_penalty[{extra}]"'
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        sentence = f'{what} cannot run without {listed}: pip install "sb3_ppo_penalty[{extra}]"'
         super().__init__(sentence, name=names[0])
 
 

@@ -381,13 +381,13 @@ def test_missing_extra_is_a_sentence(tmp_path: Path) -> None:
     packages.mkdir()
     for folder in {path for path in map(Path, site.getsitepackages()) if path.is_dir()}:
         for path in folder.iterdir():
-            if not path.name.startswith(("rl_zoo3", "requests", "__pycache__")):
+            if not path.name.startswith(("rl_zoo3", "requests", "pandas", "__pycache__")):
                 (packages / path.name).symlink_to(path)
     # -S: of what is installed, only these links are seen
     paths = os.pathsep.join([str(ROOT), str(packages)])
     run = start("-S -m sb3_ppo_penalty train --algo ppo_penalty", tmp_path, PYTHONPATH=paths)
     assert run.returncode == 1
-    assert run.stderr == 'RL Zoo cannot run without rl_zoo3 and requests: pip install "sb3_ppo_penalty[zoo]"\n'
+    assert run.stderr == 'RL Zoo cannot run without rl_zoo3, requests and pandas: pip install "sb3_ppo_penalty[zoo]"\n'
     assert run.stdout == ""
 
 
