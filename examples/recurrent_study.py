@@ -145,7 +145,7 @@ TASKS = {
         },
         penalty=FIELD_PROTOCOL,
     ),
-    # RL Zoo has no entry for it: RecurrentPPO's defaults, four episodes to a rollout, the schedules of its CartPole
+    # RL Zoo has no entry for it: RecurrentPPO's defaults, four episodes to a rollout, learning rate and clip of its Pendulum
     "PassiveTMaze-v0": Task(
         n_envs=16,
         steps=60_000,
@@ -154,8 +154,8 @@ TASKS = {
             "n_steps": 84,
             "batch_size": 336,
             "n_epochs": 10,
-            "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
-            "clip_range": LinearSchedule(0.2, 0.0, 1.0),
+            "learning_rate": 1e-3,
+            "clip_range": 0.2,
         },
         penalty=FIELD_PROTOCOL,
     ),
@@ -175,13 +175,14 @@ def settings_of(env_id: str, method: str) -> dict[str, Any]:
     return {**{name: value for name, value in common.items() if name != "clip_range"}, **TASKS[env_id].penalty}
 
 
-def perform(env_id: str, method: str, seed: int) -> dict[str, Any]:
+def perform(env_id: str, method: str, seed: int, share: float = 1.0) -> dict[str, Any]:
     """
     Train one policy and evaluate it without noise.
 
     :param env_id: a key of :data:`TASKS`
     :param method: the clip or the penalty
     :param seed: of networks, actions and environments
+    :param share: of the task's steps
     :return: all that is worth keeping, for JSON
     """
     th.set_num_threads(1)
@@ -197,7 +198,7 @@ def perform(env_id: str, method: str, seed: int) -> dict[str, Any]:
     model.set_logger(Logger(folder=None, output_formats=[]))
     recorder = Recorder()
     started = time.process_time()
-    model.learn(task.steps, callback=recorder)
+    model.learn(int(share * task.steps), callback=recorder)
     seconds = time.process_time() - started
     returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
     when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
@@ -320,13 +321,14 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=list(TASKS), choices=TASKS, metavar="ID")
     parser.add_argument("--methods", nargs="+", default=[CLIP, PENALTY], choices=(CLIP, PENALTY))
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15])
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to see how it looks")
     parser.add_argument("--out", type=Path, default=OUT)
     chosen = parser.parse_args()
     if chosen.command == "report":
         report(chosen.out)
         return
     for env_id, method, seed in missing(chosen):
-        keep(perform(env_id, method, seed), chosen.out)
+        keep(perform(env_id, method, seed, chosen.share), chosen.out)
         print(f"{env_id} {method} {seed}: done", flush=True)
 
 

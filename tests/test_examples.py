@@ -1,3 +1,4 @@
+import argparse
 import csv
 import importlib.util
 import json
@@ -13,15 +14,18 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import rl_zoo3.exp_manager
 import torch as th
 from gymnasium import make
 from PIL import Image
 from scipy.stats import norm
+from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_penalty import ARTICLE_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty
+from sb3_ppo_penalty import ARTICLE_RECIPE, ROBUST, Guard, PPOClip, PPOPenalty, zoo
 from sb3_ppo_penalty.objectives import losses
 from sb3_ppo_penalty.study.report import NO_VALUE
 
@@ -565,3 +569,77 @@ def test_field_protocol_gives_no_interval_below_three_seeds(report):
     assert len(report.aggregate_table(rows)) == 2
     assert report.task_table(rows)[3].count(NO_VALUE) == 3
     assert "±" not in report.task_table(rows)[3]
+
+
+def test_recurrent_study_trains_and_reports(tmp_path: Path) -> None:
+    words = ("--envs", "PassiveTMaze-v0", "--share", "0.1", "--out", str(tmp_path))
+    for seed in ("11", "12"):
+        done = run("recurrent_study.py", "run", "--seeds", seed, *words, folder=tmp_path)
+        assert done == "".join(f"PassiveTMaze-v0 {method} {seed}: done\n" for method in ("clip", "penalty"))
+    assert run("recurrent_study.py", "run", "--seeds", "11", "12", *words, folder=tmp_path) == ""
+    clip, penalty = (
+        json.loads((tmp_path / f"runs/PassiveTMaze-v0/{name}-11.json").read_text()) for name in ("clip", "penalty")
+    )
+    # Whole rollouts of 16 times four episodes of 21 steps
+    assert clip["steps"] == 5 * 16 * 84
+    assert (clip["settings"]["n_steps"], "clip_range" in penalty["settings"], len(penalty["without_noise"])) == (
+        84,
+        False,
+        100,
+    )
+    assert all(len([kl for kl in each["updates"]["kl"] if kl is not None]) == 5 for each in (clip, penalty))
+    run("recurrent_study.py", "report", "--out", str(tmp_path), folder=tmp_path)
+    table = (tmp_path / "summary.md").read_text()
+    assert "seeds 11, 12; in place of the clip: `kl_controller='proportional'`" in table
+    assert len(re.findall(r"^\| (?:clip|penalty) +\| 2 +\|", table, re.MULTILINE)) == 2
+    assert panel_has(pixels(tmp_path / "curves.png"), BLUE)
+
+
+@pytest.fixture(scope="module")
+def study():
+    """It imports other examples, and registers an environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return script_module("recurrent_study")
+
+
+SCHEDULES = {"learning_rate", "clip_range", "target_kl"}
+
+
+def at_three_times(settings: dict) -> dict:
+    """Settings with RecurrentPPO's batch size for a default, and what may be a schedule as its values."""
+    return {
+        name: [round(FloatSchedule(value)(progress), 9) for progress in (1.0, 0.5, 0.0)] if name in SCHEDULES else value
+        for name, value in {"batch_size": 128, **settings}.items()
+    }
+
+
+@pytest.mark.parametrize("env", ["PendulumNoVel-v1", "CartPoleNoVel-v1"])
+@pytest.mark.parametrize(("algo", "method"), [("ppo_lstm", "clip"), ("ppo_penalty_lstm", "penalty")])
+def test_recurrent_study_has_the_entries_of_rl_zoo_and_of_the_package(algo, method, env, study, tmp_path: Path) -> None:
+    zoo.register()
+    manager = rl_zoo3.exp_manager.ExperimentManager(argparse.Namespace(), algo, env, log_folder=str(tmp_path), verbose=0)
+    entry, _ = manager.read_hyperparameters()
+    assert (entry["n_envs"], entry["normalize"]) == (study.TASKS[env].n_envs, study.TASKS[env].normalize)
+    entry, *_ = manager._preprocess_hyperparams(entry)
+    assert entry.pop("policy") == "MlpLstmPolicy"
+    assert at_three_times(entry) == at_three_times(study.settings_of(env, method))
+
+
+def test_passive_t_maze_pays_for_the_sign_alone(study) -> None:
+    env = study.PassiveTMaze(length=3)
+    check_env(env)
+    for seed in range(4):
+        (sign, at_end), _ = env.reset(seed=seed)
+        assert (abs(sign), at_end) == (1, 0)
+        steps = [env.step(0) for _ in range(3)]
+        assert [seen.tolist() for seen, *_ in steps] == [[0, 0], [0, 0], [0, 1]]
+        assert sum(step[1] for step in steps) == 0
+        _, reward, over, *_ = env.step(2 if sign > 0 else 3)
+        assert (reward, over) == (1, True)
+        # Back, forth, and too late for the turn
+        env.reset(seed=seed)
+        assert [env.step(action)[1:3] for action in (1, 0, 0, 2)] == [(-1 / 3, False)] * 3 + [(0, True)]
+        # The other way
+        env.reset(seed=seed)
+        assert [env.step(action)[1] for action in (0, 0, 0, 3 if sign > 0 else 2)] == [0, 0, 0, 0]
