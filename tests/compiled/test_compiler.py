@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from tracing import TRACED
 
 from sb3_ppo_penalty import MaskablePPOPenalty, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
@@ -114,7 +115,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_step(case: str, compiled_here) -> None:
+def test_equals_the_eager_step(case: str, compiled_here, request) -> None:
     algorithm, options = CASES[case]
     start = made(algorithm, **options)
     # Each is trained as soon as it is made: its seed is that of the whole process
@@ -125,7 +126,8 @@ def test_equals_the_eager_step(case: str, compiled_here) -> None:
     # One graph, whatever the schedules did and although an epoch's last minibatch may be smaller
     assert eager._compiler is None
     assert len(compiled._compiler.graphs) == 1
-    assert compiled_here == []
+    # sb3-contrib's masks make a tensor of their own, which torch's compiler for libraries refuses
+    assert compiled_here == (["here"] if "masks" in case and "traced" not in request.node.name else [])
     assert compiled._n_updates == eager._n_updates
     assert (eager._n_updates < 3 * 6) == (case == "clip, early stop") or eager._n_updates == 9
     for name, value in eager.logger.name_to_value.items():
@@ -169,6 +171,7 @@ class Undecided(FlattenExtractor):
         return features if features.sum() > 0 else 0.5 * features
 
 
+@TRACED
 @pytest.mark.parametrize(
     ("policy_kwargs", "reason"),
     [
@@ -192,6 +195,7 @@ def test_what_cannot_be_compiled_trains_eagerly_and_says_so(policy_kwargs, reaso
     assert all(type(value) is th.Tensor for value in held)
 
 
+@TRACED
 @pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.AdamW])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_step_is_torchs_adam(optimizer, weight_decay: float) -> None:
@@ -275,6 +279,8 @@ def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> Non
         th.testing.assert_close(copied.forward(observation)[1], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@TRACED
 def test_the_training_process_does_without_the_compiler() -> None:
     """No compiler, which takes 90 MB, is imported here, and the compiling process ends with the first update."""
     options = {**SMALL, "policy_kwargs": TINY}
@@ -314,6 +320,7 @@ def test_what_another_process_cannot_know_is_compiled_here_and_says_so(why: str,
     assert reason in said
 
 
+@TRACED
 def test_a_process_that_cannot_be_started_or_understood_is_no_harm(monkeypatch) -> None:
     for nonsense in (b"nonsense", pickle.dumps(None)):
         worked, why = answer(nonsense)

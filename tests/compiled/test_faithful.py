@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
+from tracing import TRACED
 
 from sb3_ppo_penalty import MlpPolicy, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
@@ -170,6 +171,7 @@ def nothing(policy) -> th.optim.Optimizer:
     return th.optim.Adam(policy.action_net.parameters(), lr=1e-3)
 
 
+@TRACED
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
@@ -193,6 +195,7 @@ def test_an_optimizer_that_no_graph_follows_is_left_to_itself(optimizer, reason:
     assert distance(*models) == 0
 
 
+@TRACED
 def test_gradients_of_weights_outside_the_policy_do_not_pile_up() -> None:
     """Weights that only the optimizer holds get a new gradient at each step, as in stock PPO."""
 
@@ -372,6 +375,7 @@ def test_what_a_module_does_to_its_tensors_in_place_is_followed(extractor, algor
     assert distance(eager, compiled) < 1e-4
 
 
+@TRACED
 @pytest.mark.parametrize(
     ("extractor", "algorithm"), [*((each, PPOPenalty) for each in REFUSED), (Assigned, PPOClip), (Counted, PPOClip)]
 )
@@ -448,6 +452,7 @@ def closure(model) -> None:
 CHANGES = [attribute, class_attribute, global_value, submodule, closure]
 
 
+@TRACED
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_a_module_reads_tells_graphs_apart(change, fresh) -> None:
     model = made(policy_kwargs={**TINY, "features_extractor_class": Reader}).learn(32)
@@ -481,6 +486,7 @@ class Restless(BaseCallback):
         return True
 
 
+@TRACED
 def test_a_policy_that_keeps_changing_ends_the_compiling(monkeypatch) -> None:
     monkeypatch.setattr(room, "MAX_GRAPHS", 2)
     options = {"policy_kwargs": {**TINY, "features_extractor_class": Reader}}
@@ -522,6 +528,7 @@ WRONG = {
 }
 
 
+@TRACED
 @pytest.mark.parametrize("activation", [pytest.param(nn.Tanh, marks=pytest.mark.slow), nn.ReLU])
 def test_the_check_sees_each_term_by_itself(activation) -> None:
     """A wrong term of the loss is found, also one that vanishes at the old policy, where the KL divergence is 0."""
@@ -585,6 +592,7 @@ def test_a_model_that_was_trained_compiled_can_be_pickled_and_copied(algorithm) 
     assert len(model._compiler.graphs) == 1
 
 
+@TRACED
 def test_a_copy_belongs_to_the_session_that_is_open_where_it_is_made(tmp_path) -> None:
     th.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/found", rank=0, world_size=1)
     try:
@@ -602,6 +610,7 @@ def test_a_copy_belongs_to_the_session_that_is_open_where_it_is_made(tmp_path) -
 # The optimizer's own implementation
 
 
+@TRACED
 @pytest.mark.parametrize(
     ("options", "fused"),
     [
@@ -637,6 +646,7 @@ class OwnAdam(th.optim.Adam):
         super().__init__(params, lr=lr, eps=eps)
 
 
+@TRACED
 @pytest.mark.parametrize("optimizer", [OwnAdam, th.optim.AdamW, th.optim.SGD])
 def test_other_optimizers_are_given_nothing(optimizer) -> None:
     model = made(policy_kwargs={**TINY, "optimizer_class": optimizer}).learn(32)
@@ -654,6 +664,7 @@ class Complex(FlattenExtractor):
         return (observations * self.phase).real
 
 
+@TRACED
 def test_a_complex_weight_learns_with_torchs_other_adam() -> None:
     options = {"policy_kwargs": {**TINY, "features_extractor_class": Complex}}
     eager = made(**options).learn(64)
@@ -666,6 +677,7 @@ def test_a_complex_weight_learns_with_torchs_other_adam() -> None:
 # What only a GPU does
 
 
+@TRACED
 def test_what_a_replayed_graph_has_returned_stays() -> None:
     memory = th.zeros(2)
     graph = copy_outputs(lambda increment: [memory.add_(increment)])
@@ -673,6 +685,7 @@ def test_what_a_replayed_graph_has_returned_stays() -> None:
     assert (first[0].tolist(), second[0].tolist()) == ([1, 1], [2, 2])
 
 
+@TRACED
 def test_step_counts_are_where_the_weights_are() -> None:
     """Step counts move to the weights' device, those of earlier steps and new ones."""
     # A device whose tensors do not mix with those of the CPU, as a GPU's do not

@@ -15,18 +15,17 @@ import torch as th
 from sb3_ppo_penalty.compiled import compiler, worker
 from sb3_ppo_penalty.compiled.trace import Graph, Program, trace
 
+#: For tests that compile nothing, or of which a compiler's library shows nothing more
+TRACED = pytest.mark.parametrize("worker", ["traced"], indirect=True)
+
 
 def save_traced(traced: th.fx.GraphModule, examples: tuple[th.Tensor, ...], options: dict[str, Any]) -> str:
     """Write a graph to a file, in the place of ``torch._inductor.aot_compile``."""
-    with tempfile.NamedTemporaryFile(dir=worker_folder(), delete=False) as file:
-        pickle.dump(traced, file)
-    return file.name
-
-
-def worker_folder() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return cache_dir()
+    with tempfile.NamedTemporaryFile(dir=cache_dir(), delete=False) as file:
+        pickle.dump(traced, file)
+    return file.name
 
 
 def load_traced(path: str) -> Graph:

@@ -53,7 +53,11 @@ class Actor(th.nn.Module):
         return self.policy(observation, deterministic=True)[0]
 
 
-@pytest.fixture(params=CASES)
+#: Each is a network, a covariance or a space of its own; the others differ from one of these in one of the three
+FIRST = ("variances", "Dict", "Discrete", "MultiDiscrete")
+
+
+@pytest.fixture(params=[each if each in FIRST else pytest.param(each, marks=pytest.mark.slow) for each in CASES])
 def case(request, monkeypatch):
     name, env, options = request.param, *CASES[request.param][1:]
     # Restored after each test: torch.compile switches these checks off for the rest of the process
