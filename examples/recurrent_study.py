@@ -253,7 +253,7 @@ def row_of(runs: list[dict[str, Any]], baseline: np.ndarray[Any, Any]) -> list[s
 
 
 HEADERS = ("", "seeds", "return, IQM [95 %]", "P(better than clip)", "without noise, IQM [95 %]")
-HEADERS += ("KL, mean", "KL, highest", "KL, at the end", "µs a step")
+HEADERS += ("KL, mean", "KL, highest", "KL, at the end", "processor µs a step")
 
 
 CURVES: dict[str, Callable[[dict[str, Any]], list[float | None]]] = {
