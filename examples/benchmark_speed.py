@@ -4,6 +4,9 @@ Measure how fast training is beside stock PPO: steps per second, collection and 
     python examples/benchmark_speed.py                # the table of docs/guide/speed.md, about five minutes
     python examples/benchmark_speed.py --parts grid   # ... over environments, numbers of environments, batch sizes
     python examples/benchmark_speed.py --parts scale  # ... over the width of the networks and the number of actions
+    python examples/benchmark_speed.py --parts field  # MuJoCo by the field's own protocol, in SB3's and in lean environments
+    python examples/benchmark_speed.py --parts batched # 64 environments one by one, and as one batch
+    python examples/benchmark_speed.py --parts images # a convolutional network
     python examples/benchmark_speed.py --parts memory # peak memory, also for a rollout of images; needs 4 GB
     python examples/benchmark_speed.py --parts recurrent # policies with a memory, beside sb3-contrib's RecurrentPPO
 
@@ -38,8 +41,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_penalty import PPOClip, PPOPenalty
+from sb3_ppo_penalty.vec_envs import BatchedVecEnv, LeanVecEnv, LeanVecNormalize
 
 #: Name of a contender -> its class and arguments
 Contenders = dict[str, tuple[Callable[..., BaseAlgorithm], dict[str, Any]]]
@@ -124,16 +130,14 @@ class TimedTraining:
     A contender whose collection and update are timed rollout by rollout.
 
     :param algorithm: class of the algorithm
-    :param env: id of the environment, or a function that makes one
+    :param env: id of the environment, or a function that makes one, or a vectorised environment
     :param n_envs: number of environments
-    :param policy: as the algorithm takes it
     :param options: arguments of the algorithm
     """
 
-    def __init__(
-        self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, policy: Any = "MlpPolicy", **options: Any
-    ) -> None:
-        self.model = algorithm(policy, make_vec_env(env, n_envs, seed=0), seed=0, **options)
+    def __init__(self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, **options: Any) -> None:
+        vec_env = env if isinstance(env, VecEnv) else make_vec_env(env, n_envs, seed=0)
+        self.model = algorithm(**{"policy": "MlpPolicy", "env": vec_env, "seed": 0, **options})
         self.train, self.update_s = self.model.train, 0.0
         self.model.train = self._timed_train  # type: ignore[method-assign]
         self.turns: list[tuple[float, float]] = []
@@ -165,7 +169,8 @@ def run_case(
 
     :param part: name of the benchmark's part
     :param name: name of the case
-    :param env: id of the environment, or a function that makes one
+    :param env: id of the environment, or a function that makes one; or one function that makes a vectorised environment for
+        each contender
     :param repetitions: number of turns after the first
     :param names: names of the contenders; default: all
     :param among: the contenders; default: those without a memory
@@ -173,10 +178,12 @@ def run_case(
     :return: a row for each contender
     """
     n_envs = options.pop("n_envs", 4)
+    known = among or contenders()
+    envs = env if isinstance(env, dict) else dict.fromkeys(known, env)
     runs = {
-        key: TimedTraining(algorithm, env, n_envs, device="cpu", **{**options, **own})
-        for key, (algorithm, own) in (among or contenders()).items()
-        if not names or key in names
+        key: TimedTraining(algorithm, envs[key], n_envs, device="cpu", **{**options, **own})
+        for key, (algorithm, own) in known.items()
+        if key in (names or envs)
     }
     for _ in range(repetitions + 1):
         for run in runs.values():
@@ -196,7 +203,8 @@ def run_case(
                 "ratio": round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
                 "collect_ratio": round(statistics.median(collect.tolist()), 2),
                 "update_ratio": round(statistics.median(update.tolist()), 2),
-                "compilation_s": round(max(run.turns[0][1] - float(median[1]), 0.0), 1),
+                # Acting is compiled in the first rollout, the step in the first update
+                "compilation_s": round(max(sum(run.turns[0]) - float(median.sum()), 0.0), 1),
             }
         )
         print(rows[-1], flush=True)
@@ -289,6 +297,83 @@ def recurrent_part(repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
+def lean_environment(env: str, n_envs: int) -> VecEnv:
+    """
+    Make environments with normalised observations and rewards, without the copies of SB3's.
+
+    :param env: id of the environment
+    :param n_envs: number of environments
+    """
+    return LeanVecNormalize(make_vec_env(env, n_envs, seed=0, vec_env_cls=LeanVecEnv))
+
+
+def field_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    Measure HalfCheetah-v5 by the protocol of the field: one environment, normalised, 2,048 steps, batches of 64, 10 epochs.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each contender
+    """
+    options: dict[str, Any] = {"n_envs": 1, "n_steps": 2048, "batch_size": 64, "n_epochs": 10, "clip_range_vf": 0.2}
+    learned = {"policy": ActorCriticPolicy}
+    added = {
+        "PPOPenalty, lean": (PPOPenalty, {}),
+        "PPOPenalty, compiled, lean": (PPOPenalty, {"compile": True}),
+        "PPOClip, SB3's policy, compiled": (PPOClip, {"compile": True, **learned}),
+        "PPOClip, SB3's policy, compiled, lean": (PPOClip, {"compile": True, **learned}),
+    }
+    CONTENDERS.update(added)
+    # SBX has its own MlpPolicy, with a learned deviation
+    names = [name for name in contenders() if name not in ("PPOClip", "PPOClip, compiled")]
+    envs = {
+        name: lean_environment("HalfCheetah-v5", 1)
+        if name.endswith("lean")
+        else VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=0))
+        for name in names
+    }
+    return run_case("field", "HalfCheetah-v5, normalised, n_envs 1, batch 64", envs, repetitions, names, **options)
+
+
+def batched_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    Measure 64 environments: one by one under stock PPO, and as one batch through the adapter.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each case and contender
+    """
+    from batched_pendulum import BatchedPendulum
+
+    rows = []
+    CONTENDERS["stock PPO, batched"] = PPO, {}
+    names = ["stock PPO", "stock PPO, batched", "PPOPenalty", "PPOPenalty, compiled"]
+    batches: dict[str, Callable[[], Any]] = {
+        "Pendulum-v1": lambda: BatchedPendulum(64),
+        "CartPole-v1": lambda: gym.make_vec("CartPole-v1", num_envs=64),
+    }
+    for env, batch in batches.items():
+        for batch_size in (256, 2048):
+            envs: dict[str, Any] = {name: BatchedVecEnv(batch()) for name in names[1:]}
+            options = {"n_envs": 64, "n_steps": 64, "batch_size": batch_size}
+            name = f"{env}, n_envs 64, batch {batch_size}"
+            rows += run_case("batched", name, {"stock PPO": env, **envs}, repetitions, names, **options)
+    return rows
+
+
+def images_part(repetitions: int) -> list[dict[str, Any]]:
+    """
+    Measure SB3's convolutional network on images of 4 x 84 x 84 bytes.
+
+    :param repetitions: number of turns after the first
+    :return: a row for each case and contender
+    """
+    rows = []
+    for n_epochs in (1, 4, 10):
+        options = {"policy": "CnnPolicy", "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": n_epochs}
+        env, names = lambda: FakeImageEnv(n_channels=4), ["stock PPO", "PPOClip", "PPOPenalty"]
+        rows += run_case("images", f"4 x 84 x 84, {n_epochs} epochs", env, repetitions, names, **options)
+    return rows
+
+
 def peak_memory(contender: str, images: bool) -> float:
     """
     Measure the peak memory of this process while it collects one rollout and learns from it.
@@ -332,6 +417,9 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "main": main_part,
     "grid": grid_part,
     "scale": scale_part,
+    "field": field_part,
+    "batched": batched_part,
+    "images": images_part,
     "memory": memory_part,
     "recurrent": recurrent_part,
 }

@@ -22,6 +22,7 @@ from sb3_ppo_penalty.algorithms.loss import LossAlgorithm
 from sb3_ppo_penalty.arguments import ArgumentError, require
 from sb3_ppo_penalty.objectives.drift import Drift
 from sb3_ppo_penalty.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_ppo_penalty.rollouts.lean import make_lean
 from sb3_ppo_penalty.rollouts.reward_to_go import without_time_limits
 from sb3_ppo_penalty.rollouts.rollout import Transitions, draws_rows, flat_copy, sampled_minibatches
 from sb3_ppo_penalty.updates.evaluation import (
@@ -153,6 +154,7 @@ class ProximalAlgorithm(LossAlgorithm):
             self._build()
         finally:
             self.policy_class = policy_class
+        make_lean(self.rollout_buffer)
         if self.clip_range is not None:
             self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
@@ -318,7 +320,7 @@ class ProximalAlgorithm(LossAlgorithm):
             # Here, because torch's compiler takes longer to import than everything else together
             from sb3_ppo_penalty.compiled.compiler import Compiler
 
-            self._compiler = Compiler(self.policy, self._evaluate)
+            self._compiler = Compiler(self.policy, self._evaluate, lambda text: self.logger.info(text))
         return self._compiler
 
     def _after_update(self, drift: Drift) -> None:

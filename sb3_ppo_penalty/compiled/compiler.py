@@ -8,6 +8,7 @@ between, it is loss and gradient alone. A program is traced once for each kind o
 
 import logging
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_ppo_penalty.compiled.acting import GraphForward, no_acting_reason
 from sb3_ppo_penalty.compiled.module_state import UntraceableError, module_state
 from sb3_ppo_penalty.compiled.step import (
     AdamOptions,
@@ -27,9 +29,8 @@ from sb3_ppo_penalty.compiled.step import (
     unpack_gradient,
     unpack_step,
 )
-from sb3_ppo_penalty.compiled.trace import ActorNetworks, ActorProgram, Graph, Program, StepProgram, key_of, trace, traceable
-from sb3_ppo_penalty.compiled.worker import CompileWorker, pickled
-from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES, FixedCovarianceMixin
+from sb3_ppo_penalty.compiled.trace import ActorProgram, Graph, Program, StepProgram, key_of, trace, traceable
+from sb3_ppo_penalty.compiled.worker import CompileWorker, CompileWorkerError, pickled
 from sb3_ppo_penalty.rollouts.rollout import Transitions
 from sb3_ppo_penalty.updates.step import EagerStepper, Evaluate, Stepper
 
@@ -95,10 +96,12 @@ class Compiler:
 
     :param policy: the policy whose weights move
     :param evaluate: returns the loss; depends on nothing but that policy, the minibatch and the settings
+    :param say: tells the user what takes long, in one line
     """
 
-    def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate) -> None:
+    def __init__(self, policy: ActorCriticPolicy, evaluate: Evaluate, say: Callable[[str], None] = LOGGER.info) -> None:
         self.policy = policy
+        self.say = say
         self.loss = LossModule(policy, evaluate)
         #: Graphs of steps and of the acting policy, by the key of their program
         self.graphs: dict[Any, Graph] = {}
@@ -107,6 +110,8 @@ class Compiler:
         self.n_compiled = 0
         #: Why there is no compiled step, once that is known
         self.refusal: str | None = None
+        #: Why the policy acts without a graph, once that is known
+        self.eager_actor: str | None = None
 
     def stepper(self, eager: EagerStepper, batch_size: int) -> Stepper:
         """
@@ -154,15 +159,27 @@ class Compiler:
         if self.refusal is not None:
             return None
         try:
-            key = (key_of(program), *module_state(self.policy).items())
-            with traceable(self.policy):
-                if key not in graphs or not program.still_matches(graphs[key]):
-                    graphs[key] = self._compile(program)
-            return graphs[key]
+            return self._lookup(graphs, program)
         # Whatever torch's tracer, its compiler or the machine's C++ compiler raises for a policy of the user's
         except Exception as error:
             self.refuse(in_one_line(error))
             return None
+
+    def _lookup(self, graphs: dict[Any, Graph], program: Program) -> Graph:
+        """
+        Look up the graph of a program, or make it.
+
+        :param graphs: the graphs made so far, by key; a new one is added
+        :param program: the program; its tensors are not changed
+        """
+        key = (key_of(program), *module_state(self.policy).items())
+        with traceable(self.policy):
+            if key not in graphs or not program.still_matches(graphs[key]):
+                what, start = "acting" if isinstance(program, ActorProgram) else "the update's step", time.perf_counter()
+                self.say(f"Compiling {what}: some seconds, or up to a minute the first time on a machine")
+                graphs[key] = self._compile(program)
+                self.say(f"Compiled {what} in {time.perf_counter() - start:.0f} s")
+        return graphs[key]
 
     def _compile(self, program: Program) -> Graph:
         """
@@ -189,6 +206,9 @@ class Compiler:
             # Whatever it was: if the program cannot be compiled here either, the error below says why
             except Exception as error:
                 failure = in_one_line(error)
+            if isinstance(program, ActorProgram):
+                # Acting alone is not worth the compiler's memory
+                raise CompileWorkerError(failure)
         graph = compile_here(program)
         if not program.matches(graph):
             raise UntraceableError("the compiled graph comes out different from the policy's own step")
@@ -198,37 +218,47 @@ class Compiler:
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """
-        Let the policy act through a graph of its networks, if its covariance is fixed.
-
-        The action is drawn as ever, from the same random numbers.
-        """
-        policy = self.policy
-        if not (self.can_compile() and isinstance(policy, FixedCovarianceMixin) and policy.has_fixed_covariance):
+        """Let the policy act through one graph, with the random numbers that it would draw itself."""
+        attributes = vars(self.policy)
+        reason = no_acting_reason(self.policy) if self.can_compile() else None
+        if self.refusal is not None or self._acts_eagerly(reason):
             yield
             return
-        networks = ActorNetworks(policy)
-        state = networks.tensors()
-        fixed = list(state.values())
-        # Looked up once per rollout and kind of observations
-        found: dict[Any, Graph | None] = {}
-
-        def mean_and_value(obs: Any) -> tuple[th.Tensor, th.Tensor]:
-            observations = list(obs.values()) if isinstance(obs, dict) else [obs]
-            kind = tuple((tensor.shape, tensor.dtype) for tensor in observations)
-            if kind not in found:
-                found[kind] = self.graph(self.actors, ActorProgram(networks, state, obs))
-            graph = found[kind]
-            if graph is None:
-                return policy.mean_and_value(obs)
-            mean, values = graph(*fixed, *observations)
-            return mean, values
-
-        FORWARD_OVERRIDES[policy] = mean_and_value
+        attributes["forward"] = GraphForward(self.policy, self.actor)
         try:
             yield
         finally:
-            del FORWARD_OVERRIDES[policy]
+            del attributes["forward"]
+
+    def actor(self, program: ActorProgram) -> Graph | None:
+        """
+        Look up the graph by which the policy acts, or make it; None where there is none, which is logged once.
+
+        :param program: the program; its tensors are not changed
+        """
+        if self.refusal is not None or self.eager_actor is not None:
+            return None
+        try:
+            return self._lookup(self.actors, program)
+        except UntraceableError as error:
+            # The steps could not be traced either, or not for long
+            self.refuse(in_one_line(error))
+        # Whatever torch's tracer, its compiler or the machine's C++ compiler raises for a policy of the user's
+        except Exception as error:
+            self._acts_eagerly(in_one_line(error))
+        return None
+
+    def _acts_eagerly(self, reason: str | None) -> bool:
+        """
+        Note why the policy acts without a graph, and log it once; the steps are compiled all the same.
+
+        :param reason: why, in one line; None if nothing new is known
+        :return: whether it does
+        """
+        if reason is not None and self.eager_actor is None:
+            LOGGER.warning("the policy acts without a compiled graph: %s", reason)
+        self.eager_actor = self.eager_actor or reason
+        return self.eager_actor is not None
 
 
 class CompiledStep(Generic[Result]):

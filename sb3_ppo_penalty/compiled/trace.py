@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from sb3_ppo_penalty.compiled.module_state import UntraceableError, evaluation_state
+from sb3_ppo_penalty.compiled.noise import Noise
 from sb3_ppo_penalty.compiled.step import (
     AdamOptions,
     LossModule,
@@ -19,7 +21,7 @@ from sb3_ppo_penalty.compiled.step import (
     gradient_step,
     whole_step,
 )
-from sb3_ppo_penalty.policies.policies import FixedCovarianceMixin
+from sb3_ppo_penalty.policies.distributions import FixedGaussianDistribution
 from sb3_ppo_penalty.rollouts.rollout import Transitions
 from sb3_ppo_penalty.updates.step import Terms
 
@@ -200,14 +202,14 @@ def _same_step(program: StepProgram, graph: Graph) -> bool:
     return close and close_enough(found, expected) and close_enough(graph_left, left)
 
 
-class ActorNetworks(nn.Module):
+class ActorModule(nn.Module):
     """
-    The networks that a policy of fixed covariance runs to act, as a module.
+    A policy's pass from observations to actions, as a module.
 
     :param policy: the policy whose weights are exchanged
     """
 
-    def __init__(self, policy: FixedCovarianceMixin) -> None:
+    def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
         self.policy = policy
 
@@ -216,36 +218,58 @@ class ActorNetworks(nn.Module):
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor.detach() for name, tensor in named.items()}
 
-    def forward(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
+    def forward(self, obs: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        Compute mean actions and values.
+        Compute actions, values and log-probabilities, by the method of the policy's class.
 
         :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
         """
-        return self.policy.mean_and_value(obs)
+        actions, values, log_prob = type(self.policy).forward(self.policy, obs)
+        return actions, values, log_prob
+
+
+def exploration_of(policy: ActorCriticPolicy) -> dict[str, th.Tensor]:
+    """
+    Return by name what a policy's distribution keeps from one evaluation to the next: gSDE's matrices, nothing otherwise.
+
+    :param policy: a policy of SB3's
+    """
+    if not isinstance(policy.action_dist, StateDependentNoiseDistribution):
+        return {}
+    return {name: vars(policy.action_dist)[name] for name in ("exploration_mat", "exploration_matrices")}
 
 
 class ActorProgram(NamedTuple):
     """
-    The networks' pass over one batch of observations, as something that can become a graph.
+    A policy's pass over one batch of observations to actions, as something that can become a graph.
 
-    :param module: the networks
-    :param state: their weights and buffers by name
+    :param module: the pass
+    :param state: weights and buffers by name
+    :param exploration: see :func:`exploration_of`
+    :param kinds: kinds of the noise, see :data:`~.noise.FILL`
+    :param noise: what the draws of the pass take from the random generator, in their order
     :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
     """
 
-    module: ActorNetworks
+    module: ActorModule
     state: dict[str, th.Tensor]
+    exploration: dict[str, th.Tensor]
+    kinds: tuple[str, ...]
+    noise: tuple[th.Tensor, ...]
     obs: Any
 
     @th.no_grad()
     def run(self) -> list[th.Tensor]:
-        """Return mean actions and values, computed operation by operation."""
-        return list(call_with_tensors(self.module, self.state, self.obs))
+        """Return actions, values, log-probabilities, and a scalar that is finite if actions and log-probabilities are."""
+        vars(self.module.policy.action_dist).update(self.exploration)
+        with Noise(self.kinds, self.noise):
+            actions, values, log_prob = call_with_tensors(self.module, self.state, self.obs)
+        return [actions, values, log_prob, log_prob.sum() + actions.sum()]
 
     def tensors(self) -> list[th.Tensor]:
-        """Return the arguments of the graph: the networks' tensors, then the observations."""
-        return [*self.state.values(), *(self.obs.values() if isinstance(self.obs, dict) else [self.obs])]
+        """Return the arguments of the graph: the policy's tensors, the noise, then the observations."""
+        observations = self.obs.values() if isinstance(self.obs, dict) else [self.obs]
+        return [*self.state.values(), *self.exploration.values(), *self.noise, *observations]
 
     def with_tensors(self, tensors: Sequence[th.Tensor]) -> "ActorProgram":
         """
@@ -253,25 +277,26 @@ class ActorProgram(NamedTuple):
 
         :param tensors: tensors in place of :meth:`tensors`
         """
-        state, observations = dict(zip(self.state, tensors, strict=False)), tensors[len(self.state) :]
-        obs = dict(zip(self.obs, observations, strict=True)) if isinstance(self.obs, dict) else observations[0]
-        return self._replace(state=state, obs=obs)
+        left = iter(tensors)
+        state, exploration = ({name: next(left) for name in each} for each in (self.state, self.exploration))
+        noise = tuple(next(left) for _ in self.noise)
+        obs = {key: next(left) for key in self.obs} if isinstance(self.obs, dict) else next(left)
+        return self._replace(state=state, exploration=exploration, noise=noise, obs=obs)
 
     @th.no_grad()
     def matches(self, graph: Graph) -> bool:
         """
-        Return whether a graph returns what the networks return, and changes the same tensors alike.
+        Return whether a graph returns what the policy returns, and changes the same tensors alike.
 
         :param graph: a graph that was made of such a program
         """
         ours, theirs = (map_tensors(self, th.clone) for _ in range(2))
-        expected = keep_random_state(ours.run)
-        found = keep_random_state(lambda: graph(*theirs.tensors()))
+        expected, found = ours.run(), graph(*theirs.tensors())
         return close_enough([*found, *theirs.tensors()], [*expected, *ours.tensors()])
 
     def still_matches(self, graph: Graph) -> bool:
         """
-        Return whether a graph of an earlier rollout still does what the networks do.
+        Return whether a graph of an earlier rollout still does what the policy does.
 
         :param graph: a graph that was made of such a program
         """
@@ -308,6 +333,8 @@ def traceable(policy: ActorCriticPolicy) -> Iterator[None]:
     before = distribution.copy()
     # torch's check of a distribution's arguments needs their values; what is not finite is found after the update
     th.distributions.Distribution.set_default_validate_args(False)
+    if isinstance(policy.action_dist, FixedGaussianDistribution):
+        distribution["_require_finite_mean"] = lambda: None
     try:
         yield
     finally:

@@ -6,9 +6,8 @@ The article is named in :mod:`sb3_ppo_penalty.objectives`.
 
 import inspect
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as th
@@ -17,7 +16,6 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
-from torch import nn
 
 from sb3_ppo_penalty.arguments import require
 from sb3_ppo_penalty.policies.distributions import (
@@ -29,9 +27,6 @@ from sb3_ppo_penalty.policies.distributions import (
 
 #: Names of SB3's constructor arguments after the two spaces and the schedule, in SB3's order
 SB3_ARGUMENTS = tuple(inspect.signature(ActorCriticPolicy.__init__).parameters)[4:]
-
-#: Functions that replace `mean_and_value` of a policy during a rollout. Not attributes, which copies and files would contain
-FORWARD_OVERRIDES: WeakKeyDictionary[nn.Module, Callable[[Any], tuple[th.Tensor, th.Tensor]]] = WeakKeyDictionary()
 
 
 def covariance_mismatch(own: Container[str], found: Container[str]) -> str | None:
@@ -271,7 +266,7 @@ class FixedCovarianceMixin(ActorCriticPolicy):
         if not self.has_fixed_covariance or deterministic:
             actions, values, log_prob = super().forward(obs, deterministic)
             return actions, values, log_prob
-        mean, values = FORWARD_OVERRIDES.get(self, self.mean_and_value)(obs)
+        mean, values = self.mean_and_value(obs)
         assert isinstance(self.action_space, spaces.Box)
         assert isinstance(self.action_dist, FixedGaussianDistribution)
         actions, log_prob = self.action_dist.proba_distribution(mean, self._constants()).sample_with_log_prob()

@@ -1,14 +1,20 @@
 """PPOClip with SB3's own policy is stock PPO: every parameter, bit for bit, after several updates."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_penalty import PPOClip
+from sb3_ppo_penalty.vec_envs import LeanVecNormalize
 
 SMALL = {"n_steps": 64, "batch_size": 24, "n_epochs": 3, "seed": 7}
 
@@ -71,6 +77,73 @@ def test_equals_stock_ppo(case: str) -> None:
     for name, value in stock.logger.name_to_value.items():
         if name.startswith("train/"):
             assert ours.logger.name_to_value[name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+class Recorder(BaseCallback):
+    """Keeps a copy of everything that a callback can see at each event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = []
+
+    def _record(self, event: str) -> None:
+        seen = {
+            name: value for name, value in self.locals.items() if name not in ("self", "env", "callback", "rollout_buffer")
+        }
+        buffer = {name: value for name, value in vars(self.model.rollout_buffer).items() if isinstance(value, np.ndarray)}
+        counts = self.num_timesteps, self.n_calls, self.model.rollout_buffer.pos, self.model._episode_num
+        logged = [*self.model.ep_info_buffer], dict(self.logger.name_to_value)
+        self.events.append((event, *copy.deepcopy((list(seen), seen, buffer, counts, logged))))
+
+    def _on_rollout_start(self) -> None:
+        self._record("rollout starts")
+
+    def _on_step(self) -> bool:
+        self._record("step")
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._record("rollout ends")
+
+
+def same(ours, theirs) -> bool:
+    """Compare to the bit, type by type; what a clock or a callable says does not count."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours if key not in UNLIKE)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, th.Tensor):
+        return ours.dtype == theirs.dtype and th.equal(ours, theirs)
+    if isinstance(ours, np.ndarray):
+        return ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+    return callable(ours) or ours == theirs
+
+
+#: What differs between two runs of one program, or between the two algorithms' logs of an update
+UNLIKE = {"t", "time/fps", "time/time_elapsed", "tb_log_name"}
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, LeanVecNormalize])
+def test_callbacks_see_what_they_see_in_stock_ppo(vec_env) -> None:
+    """Normalised observations, three environments, time limits within a rollout: every local, the buffer, the episodes."""
+    views = []
+    for algorithm, cls in ((PPO, DummyVecEnv), (PPOClip, vec_env)):
+        env = make_vec_env("Pendulum-v1", 3, seed=0, env_kwargs={"max_episode_steps": 20}, vec_env_cls=cls)
+        env = env if cls is LeanVecNormalize else VecNormalize(env)
+        recorder = Recorder()
+        algorithm(ActorCriticPolicy, env, **{**SMALL, "batch_size": 48}).learn(400, callback=recorder)
+        views.append(recorder.events)
+    stock, ours = views
+    assert [event for event, *_ in ours].count("step") == 192
+    assert any(info.get("TimeLimit.truncated") for _, _, seen, *_ in ours for info in seen.get("infos", ()))
+    for at, (found, expected) in enumerate(zip(ours, stock, strict=True)):
+        *view, (episodes, logged) = found
+        *stock_view, (stock_episodes, stock_logged) = expected
+        assert same(view, stock_view), at
+        assert same(episodes, stock_episodes), at
+        assert stock_logged.keys() <= logged.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*truncated mini-batch.*")

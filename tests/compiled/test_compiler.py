@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from types import MethodType
 
 import gymnasium as gym
 import numpy as np
@@ -22,9 +24,9 @@ from tracing import TRACED
 
 from sb3_ppo_penalty import MaskablePPOPenalty, PPOClip, PPOPenalty
 from sb3_ppo_penalty.compiled import compiler as room
+from sb3_ppo_penalty.compiled.acting import GraphForward
 from sb3_ppo_penalty.compiled.step import AdamOptions, adam_step
 from sb3_ppo_penalty.compiled.worker import CompileWorker, CompileWorkerError, answer
-from sb3_ppo_penalty.policies.policies import FORWARD_OVERRIDES
 
 SMALL = {"n_steps": 48, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu"}
 TINY = {"net_arch": [16]}
@@ -248,35 +250,103 @@ def test_the_guard_leaves_the_compiled_policy_where_it_leaves_the_eager_one() ->
     assert len(compiled._compiler.graphs) == 2
 
 
-@pytest.mark.parametrize("env", ["Pendulum-v1", "Reacher-v5"])
-def test_the_policy_acts_through_a_graph_only_while_it_collects(env: str) -> None:
+class Random(gym.Env):
+    """Random observations of any space, whatever is done, in episodes of seven steps."""
+
+    def __init__(self, observation_space, action_space) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space.seed(0)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), float(np.sum(action)), False, self.steps == 7, {}
+
+
+BOX = spaces.Box(-1, 1, (3,), np.float32)
+ACTING = {
+    "fixed": (BOX, BOX, {}),
+    "full": (BOX, BOX, {"policy_kwargs": {**TINY, "covariance": [[0.5, 0.1, 0], [0.1, 0.3, 0], [0, 0, 0.2]]}}),
+    "learned": (BOX, BOX, {"policy": ActorCriticPolicy}),
+    "gSDE": (BOX, BOX, {"use_sde": True, "sde_sample_freq": 4}),
+    "gSDE, squashed": (
+        BOX,
+        BOX,
+        {"policy": ActorCriticPolicy, "use_sde": True, "policy_kwargs": {**TINY, "squash_output": True}},
+    ),
+    "Discrete": (spaces.Discrete(6), spaces.Discrete(4), {}),
+    "MultiDiscrete": (spaces.MultiDiscrete([3, 2]), spaces.MultiDiscrete([3, 4, 2]), {}),
+    "MultiBinary": (spaces.MultiBinary(4), spaces.MultiBinary(5), {}),
+    "Dict": (spaces.Dict(a=BOX, b=spaces.Discrete(3)), BOX, {"policy": "MultiInputPolicy"}),
+}
+
+
+@pytest.mark.parametrize("case", ACTING)
+def test_the_policy_acts_through_a_graph_only_while_it_collects(case: str, caplog) -> None:
     """Actions and random numbers are the eager policy's, and copies of the policy have no graph."""
-    seen = []
+    observation_space, action_space, options = ACTING[case]
+    seen, models = [], []
 
     class Watch(BaseCallback):
         def _on_step(self) -> bool:
             if self.n_calls == 5:
-                seen.append((len(FORWARD_OVERRIDES), copy.deepcopy(self.model.policy)))
+                policy = self.model.policy
+                # torch copies no matrices of gSDE
+                copies = () if policy.use_sde else (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy)))
+                seen.append((type(policy.forward), *copies))
             return True
 
-    models = []
     for compile in (False, True):
-        model = made(PPOPenalty, compile, env=env, learning_rate=0.0)
-        models.append(model.learn(model.n_steps, callback=Watch()))
+        model = made(PPOClip, compile, env=lambda: Random(observation_space, action_space), learning_rate=0.0, **options)
+        models.append(model.learn(2 * model.n_steps, callback=Watch()))
     compiled = models[1]
-    assert [count for count, _ in seen] == [0, 1]
-    assert len(FORWARD_OVERRIDES) == 0
-    assert len(compiled._compiler.actors) == 1
+    assert [forward for forward, *_ in seen] == [MethodType, GraphForward]
+    assert "forward" not in vars(compiled.policy)
+    assert (len(compiled._compiler.actors), caplog.messages) == (1, [])
     buffers = [model.rollout_buffer for model in models]
-    for name in ("actions", "values", "log_probs", "observations", "rewards"):
+    for name in ("actions", "values", "log_probs", "rewards"):
         ours, theirs = (getattr(buffer, name) for buffer in buffers)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    observation = th.as_tensor(buffers[0].observations[:3])
-    copied = seen[1][1]
-    with th.no_grad():
-        copied.value_net.bias.add_(7.0)
-        expected = compiled.policy.forward(observation)[1] + 7
-        th.testing.assert_close(copied.forward(observation)[1], expected, rtol=1e-5, atol=1e-5)
+    observation = compiled.policy.obs_to_tensor(compiled._last_obs)[0]
+    for copied in seen[1][1:]:
+        with th.no_grad():
+            copied.value_net.bias.add_(7.0)
+            expected = compiled.policy.forward(observation)[1] + 7
+            th.testing.assert_close(copied.forward(observation)[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_is_the_policys_own_error() -> None:
+    """The graph checks nothing, but what comes out of it is checked: the error is that of the eager policy."""
+    messages = []
+    for compile in (False, True):
+        model = made(PPOPenalty, compile).learn(48)
+        with th.no_grad():
+            model.policy.action_net.bias.fill_(float("nan"))
+        with pytest.raises(ValueError, match="mean action is not finite") as raised:
+            model.learn(48)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+class OwnDraws(ActorCriticPolicy):
+    """Draws random numbers that no graph knows."""
+
+    def forward(self, obs, deterministic=False):
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions + 0 * th.randint(2, actions.shape), values, log_prob
+
+
+def test_a_policy_that_no_graph_can_act_for_acts_eagerly_and_says_so(caplog) -> None:
+    eager, compiled = (made(PPOClip, compile, policy=OwnDraws).learn(96) for compile in (False, True))
+    assert (len(compiled._compiler.graphs), len(compiled._compiler.actors)) == (1, 0)
+    assert distance(eager, compiled) < 1e-4
+    (said,) = caplog.messages
+    assert "acts without a compiled graph" in said
+    assert "UnknownDrawError: the policy draws random numbers of its own, with aten.randint" in said
 
 
 @pytest.mark.slow
@@ -293,6 +363,18 @@ def test_the_training_process_does_without_the_compiler() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("1 1 None\n", "")
+
+
+def test_whoever_listens_is_told_what_takes_long(capsys) -> None:
+    made(PPOPenalty, True, verbose=1, env="CartPole-v1").learn(48)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Compil")]
+    assert [line.split()[:2] for line in lines] == [
+        ["Compiling", "acting:"],
+        ["Compiled", "acting"],
+        ["Compiling", "the"],
+        ["Compiled", "the"],
+    ]
+    assert all(re.fullmatch(r"Compiled .* in \d+ s", line) for line in lines[1::2])
 
 
 class Reluctant(FlattenExtractor):
@@ -316,8 +398,10 @@ def test_what_another_process_cannot_know_is_compiled_here_and_says_so(why: str,
     assert compiled_here == ["here"]
     assert distance(eager, compiled) < 1e-4
     reason = "it came out different there" if why == "patched" else "cannot pickle '_thread.lock' object"
-    (said,) = [record.getMessage() for record in caplog.records if record.name == room.__name__]
+    *acting, said = [record.getMessage() for record in caplog.records if record.name == room.__name__]
     assert reason in said
+    # The same policy cannot be sent to be compiled to act either, but that is nothing that a patched loss is in the way of
+    assert ["acts without a compiled graph" in each and reason in each for each in acting] == [True] * (why != "patched")
 
 
 @TRACED

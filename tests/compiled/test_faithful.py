@@ -384,8 +384,9 @@ def test_what_no_graph_can_follow_trains_eagerly_and_says_so(extractor, algorith
     with pytest.warns(RuntimeWarning, match=f"compile=True.*{REFUSED[extractor]}") as caught:
         compiled = trained_with(extractor, algorithm, True)
     assert len(caught) == 1
-    # Once, in one place
-    assert [record for record in caplog.records if record.name == room.__name__] == []
+    # Once, in one place; what a graph of the step alone could follow is not known when the policy first acts
+    said = [record.getMessage() for record in caplog.records if record.name == room.__name__]
+    assert ["acts without a compiled graph" in each for each in said] == [True] * (extractor in (PlainInPlace, Tied))
     assert distance(eager, compiled) == 0
     ours, theirs = (model.policy.features_extractor for model in (eager, compiled))
     assert (ours.calls, ours.seen, ours.plain.tolist()) == (theirs.calls, theirs.seen, theirs.plain.tolist())
