@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     "truncation-alone": (PPOPenalty, {"kl_controller": "fixed", "kl_coef": 1e-3, "max_ratio": 1.3}),
     "truncated-adaptive": (PPOPenalty, {"target_kl": FALLING, "max_ratio": 1.3}),
     "truncated-constant": (PPOPenalty, {**ADAPTIVE, "target_kl": 0.02, "max_ratio": 1.3}),
+    "truncated-to-zero": (PPOPenalty, {**ADAPTIVE, "target_kl": LinearSchedule(0.034, 0.0, 1.0), "max_ratio": 1.3}),
     "truncated-1.2": (PPOPenalty, {**ADAPTIVE, "max_ratio": 1.2}),
     "truncated-1.5": (PPOPenalty, {**ADAPTIVE, "max_ratio": 1.5}),
     "truncated-2": (PPOPenalty, {**ADAPTIVE, "max_ratio": 2.0}),
@@ -142,7 +143,7 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     algorithm, own = METHODS[method]
     # `VecNormalize` over `DummyVecEnv` to the bit, in a quarter of the time
     own_kwargs = {"gamma": PROTOCOL["gamma"]}
-    env: Any = make_vec_env(env_id, seed=seed, vec_env_cls=LeanVecNormalize, vec_env_kwargs=own_kwargs)  # type: ignore[arg-type]
+    env: Any = make_vec_env(env_id, seed=seed, vec_env_cls=LeanVecNormalize, vec_env_kwargs=own_kwargs)
     model: Any = algorithm(ActorCriticPolicy, env, **PROTOCOL, **own, seed=seed, compile=steps >= COMPILED_FROM, device="cpu")
     model.set_logger(Logger(folder=None, output_formats=[]))
     recorder = Recorder()

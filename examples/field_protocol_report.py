@@ -60,6 +60,7 @@ MEANINGS = {
     "truncation-alone": "ratios truncated at 1.3, no penalty",
     "truncated-adaptive": "as truncated, paper's rule",
     "truncated-constant": "as truncated, target 0.02 throughout",
+    "truncated-to-zero": "as truncated, target falling to 0 with the learning rate",
     "truncated-1.2": "as truncated, at 1.2",
     "truncated-1.5": "as truncated, at 1.5",
     "truncated-2": "as truncated, at 2",
