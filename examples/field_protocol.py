@@ -81,6 +81,15 @@ METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     "truncated-adaptive": (PPOPenalty, {"target_kl": FALLING, "max_ratio": 1.3}),
     "truncated-constant": (PPOPenalty, {**ADAPTIVE, "target_kl": 0.02, "max_ratio": 1.3}),
     "truncated-to-zero": (PPOPenalty, {**ADAPTIVE, "target_kl": LinearSchedule(0.034, 0.0, 1.0), "max_ratio": 1.3}),
+    # A coefficient that does not sink lets the divergence fall with the learning rate, as it does under the clip
+    "truncated-floor": (
+        PPOPenalty,
+        {**ADAPTIVE, "target_kl": 0.028, "max_ratio": 1.3, "kl_coef": 0.7, "kl_coef_bounds": (0.7, 1e3)},
+    ),
+    "sampled-floor": (
+        PPOPenalty,
+        {**ADAPTIVE, "target_kl": 0.028, "kl_penalty": SAMPLED, "kl_coef": 2.0, "kl_coef_bounds": (2.0, 1e3)},
+    ),
     "truncated-1.2": (PPOPenalty, {**ADAPTIVE, "max_ratio": 1.2}),
     "truncated-1.5": (PPOPenalty, {**ADAPTIVE, "max_ratio": 1.5}),
     "truncated-2": (PPOPenalty, {**ADAPTIVE, "max_ratio": 2.0}),

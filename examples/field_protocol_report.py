@@ -61,6 +61,8 @@ MEANINGS = {
     "truncated-adaptive": "as truncated, paper's rule",
     "truncated-constant": "as truncated, target 0.02 throughout",
     "truncated-to-zero": "as truncated, target falling to 0 with the learning rate",
+    "truncated-floor": "as truncated, target 0.028 throughout, coefficient at least 0.7",
+    "sampled-floor": "as sampled, target 0.028 throughout, coefficient at least 2",
     "truncated-1.2": "as truncated, at 1.2",
     "truncated-1.5": "as truncated, at 1.5",
     "truncated-2": "as truncated, at 2",
