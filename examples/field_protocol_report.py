@@ -260,7 +260,9 @@ def draw_profile(axis: Any, rows: list[Row]) -> None:
     for method in drawn if envs else []:
         scores = np.concatenate(scores_of(rows, method, envs))
         axis.plot(grid, [(scores >= each).mean() for each in grid], color=f"C{DRAWN.index(method)}", linewidth=1.4)
-    axis.set_title(f"all runs on {len(envs)} tasks", loc="left", fontsize=10)
+    axis.set_title(
+        f"all runs on {', '.join(envs)}" if len(envs) < 3 else f"all runs on {len(envs)} tasks", loc="left", fontsize=10
+    )
     axis.set_xlabel("return / published clip's, at least")
     axis.set_ylabel("share of runs")
 
