@@ -225,8 +225,9 @@ def curve_of(runs: list[dict[str, Any]], pick: Any) -> tuple[np.ndarray[Any, Any
         values = np.array([np.nan if value is None else value for value in pick(run)])
         last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
         filled.append(values[last])
-    curves = np.array(filled)
-    return np.nanmean(curves, axis=0), np.array([np.nanmin(curves, axis=0), np.nanmax(curves, axis=0)])
+    # Before a part of training in which an episode of any seed ended there is nothing to draw
+    curves: Any = np.ma.masked_invalid(filled)
+    return curves.mean(axis=0).filled(np.nan), np.array([curves.min(axis=0).filled(np.nan), curves.max(axis=0).filled(np.nan)])
 
 
 def draw_curves(axis: Any, runs: list[dict[str, Any]], pick: Callable[[dict[str, Any]], Any]) -> None:

@@ -563,6 +563,13 @@ def test_field_protocol_is_aggregated_over_the_tasks_that_both_have(report):
     assert cells[4].split()[0] == f"{(7 / 9 + 4 / 9) / 2:.2f}"
 
 
+def test_field_protocol_draws_nothing_before_the_first_episode_of_any_seed(report):
+    runs = [{"curve": [None, 1.0, None]}, {"curve": [None, 3.0, 5.0]}]
+    mean, band = report.curve_of(runs, lambda run: run["curve"])
+    assert np.array_equal(mean, [np.nan, 2.0, 3.0], equal_nan=True)
+    assert np.array_equal(band, [[np.nan, 1.0, 1.0], [np.nan, 3.0, 5.0]], equal_nan=True)
+
+
 def test_field_protocol_gives_no_interval_below_three_seeds(report):
     runs = [made_up("Ant-v4", method, seed, 5.0 * seed) for method in ("clip", "sampled") for seed in (11, 12)]
     rows = report.rows_of(runs)
