@@ -129,7 +129,7 @@ def test_no_class_is_longer_than_seven_screens() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     ]
-    assert [(name, lines) for name, lines in classes if lines > 350] == []
+    assert [(name, lines) for name, lines in classes if lines >= 350] == []
 
 
 def code_lines(source: str) -> list[str]:

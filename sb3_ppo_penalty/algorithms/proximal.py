@@ -223,8 +223,7 @@ class ProximalAlgorithm(LossAlgorithm):
         """
         env = without_time_limits(env, rollout_buffer)
         # Not by its class: a policy may be wrapped, as by `th.compile`
-        update_covariance: Any = getattr(self.policy, "update_covariance", None)
-        if update_covariance is not None:
+        if (update_covariance := getattr(self.policy, "update_covariance", None)) is not None:
             update_covariance(1 - self.num_timesteps / self._total_timesteps)
         with self._get_compiler().acting() if self.compile else nullcontext():
             return self._ranks.collect(self, callback, lambda own: self._collect(env, own, rollout_buffer, n_rollout_steps))
