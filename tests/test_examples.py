@@ -452,7 +452,7 @@ def test_trust_region_study_tells_variants_apart(tmp_path: Path) -> None:
     robust = PPOPenalty.load(own / "CartPole-v1.zip")
     assert (robust.guard, robust.max_ratio) == (Guard("rollback"), ROBUST["max_ratio"])
     text = (folder / "summary.md").read_text()
-    assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0, 50 evaluation episodes." in text
+    assert "## CartPole-v1\n\n1,500 steps, seeds 0 to 0 (too few for intervals), 50 evaluation episodes." in text
     for title, column in (("Final return, without noise", "final_return"), ("Return with noise", "last_batch_return")):
         table = text.split(f"## {title}")[1].split("\n##")[0]
         cells = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")]
