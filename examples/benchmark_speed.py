@@ -322,16 +322,16 @@ def field_part(repetitions: int) -> list[dict[str, Any]]:
         "PPOClip, SB3's policy, compiled": (PPOClip, {"compile": True, **learned}),
         "PPOClip, SB3's policy, compiled, lean": (PPOClip, {"compile": True, **learned}),
     }
-    CONTENDERS.update(added)
+    among: Contenders = {**contenders(), **added}
     # SBX has its own MlpPolicy, with a learned deviation
-    names = [name for name in contenders() if name not in ("PPOClip", "PPOClip, compiled")]
+    names = [name for name in among if name not in ("PPOClip", "PPOClip, compiled")]
     envs = {
         name: lean_environment("HalfCheetah-v5", 1)
         if name.endswith("lean")
         else VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=0))
         for name in names
     }
-    return run_case("field", "HalfCheetah-v5, normalised, n_envs 1, batch 64", envs, repetitions, names, **options)
+    return run_case("field", "HalfCheetah-v5, normalised, n_envs 1, batch 64", envs, repetitions, names, among, **options)
 
 
 def batched_part(repetitions: int) -> list[dict[str, Any]]:
@@ -344,7 +344,7 @@ def batched_part(repetitions: int) -> list[dict[str, Any]]:
     from batched_pendulum import BatchedPendulum
 
     rows = []
-    CONTENDERS["stock PPO, batched"] = PPO, {}
+    among: Contenders = {**contenders(), "stock PPO, batched": (PPO, {})}
     names = ["stock PPO", "stock PPO, batched", "PPOPenalty", "PPOPenalty, compiled"]
     batches: dict[str, Callable[[], Any]] = {
         "Pendulum-v1": lambda: BatchedPendulum(64),
@@ -355,7 +355,7 @@ def batched_part(repetitions: int) -> list[dict[str, Any]]:
             envs: dict[str, Any] = {name: BatchedVecEnv(batch()) for name in names[1:]}
             options = {"n_envs": 64, "n_steps": 64, "batch_size": batch_size}
             name = f"{env}, n_envs 64, batch {batch_size}"
-            rows += run_case("batched", name, {"stock PPO": env, **envs}, repetitions, names, **options)
+            rows += run_case("batched", name, {"stock PPO": env, **envs}, repetitions, names, among, **options)
     return rows
 
 
