@@ -23,6 +23,7 @@ import numpy as np
 from sb3_ppo_penalty.study.report import NO_VALUE
 from sb3_ppo_penalty.study.statistics import (
     CONFIDENCE,
+    MIN_SEEDS,
     RESAMPLES,
     improvement_interval,
     iqm,
@@ -38,8 +39,6 @@ HEADERS += ("KL", "coefficient", "std")
 DRAWN = ("clip", "adaptive", "truncated", "sampled")
 #: Nothing was tuned on these
 REPORTED = range(11, 16)
-#: Fewer seeds say nothing about a spread
-FEWEST_SEEDS = 3
 #: KLip-PPO (https://arxiv.org/abs/2606.23932), mean and standard deviation over 5 seeds, last tenth of training
 PUBLISHED = {
     "Ant-v4": {"clip": (2193, 361), "adaptive": (159, 86)},
@@ -123,12 +122,12 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
 def spread(values: np.ndarray[Any, Any]) -> str:
     """Write mean and sample standard deviation as the field does; the mean alone of fewer than three."""
     mean = f"{values.mean():,.0f}"
-    return f"{mean} ± {values.std(ddof=1):,.0f}" if len(values) >= FEWEST_SEEDS else mean
+    return f"{mean} ± {values.std(ddof=1):,.0f}" if len(values) >= MIN_SEEDS else mean
 
 
 def interquartile(values: np.ndarray[Any, Any]) -> str:
     """Write the interquartile mean with its interval."""
-    if len(values) < FEWEST_SEEDS:
+    if len(values) < MIN_SEEDS:
         return NO_VALUE
     low, high = iqm_interval(values)
     return f"{iqm(values):,.0f} [{low:,.0f}, {high:,.0f}]"
@@ -136,7 +135,7 @@ def interquartile(values: np.ndarray[Any, Any]) -> str:
 
 def improvement(values: np.ndarray[Any, Any], baseline: np.ndarray[Any, Any]) -> str:
     """Write the probability that a run beats one of the baseline, with its interval."""
-    if min(len(values), len(baseline)) < FEWEST_SEEDS:
+    if min(len(values), len(baseline)) < MIN_SEEDS:
         return NO_VALUE
     low, high = improvement_interval(values, baseline)
     return f"{probability_of_improvement(values, baseline):.2f} [{low:.2f}, {high:.2f}]"
@@ -192,7 +191,7 @@ def overall_improvement(samples: Sequence[Sequence[np.ndarray[Any, Any]]]) -> fl
 
 def aggregate_table(rows: list[Row]) -> list[str]:
     """Write what methods come to over all tasks that they share with the baseline."""
-    complete = [row for row in rows if len(row.seeds) >= FEWEST_SEEDS and row.env in PUBLISHED]
+    complete = [row for row in rows if len(row.seeds) >= MIN_SEEDS and row.env in PUBLISHED]
     envs_of = {method: [row.env for row in complete if row.method == method] for method in MEANINGS}
     lines = [
         "| method | tasks | normalised IQM [95 %] | the clip's on the same tasks | P(better than clip) |",
