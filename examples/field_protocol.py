@@ -138,6 +138,25 @@ def in_parts(values: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], total: i
     return [float(values[part == k].mean()) if (part == k).any() else None for k in range(PARTS)]
 
 
+def course_of(recorder: Recorder, steps: int) -> dict[str, Any]:
+    """
+    Tell how a training went.
+
+    :param recorder: that took part in it
+    :param steps: of the training
+    :return: mean return of the episodes that ended in its last tenth, learning curve, and the updates' figures
+    """
+    when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
+    return {
+        "last_tenth": float(what[when > 0.9 * steps].mean()),
+        "curve": in_parts(what, when, steps),
+        "updates": {
+            name: in_parts(np.array(values), np.linspace(1, steps, len(values)), steps)
+            for name, values in recorder.updates.items()
+        },
+    }
+
+
 def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     """
     Train one policy and evaluate it without noise.
@@ -162,11 +181,6 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     test_env = VecNormalize(make_vec_env(env_id, seed=10_000 + seed), training=False, norm_reward=False)
     test_env.obs_rms = env.obs_rms
     returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
-    when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
-    updates = {
-        name: in_parts(np.array(values), np.linspace(1, steps, len(values)), steps)
-        for name, values in recorder.updates.items()
-    }
     packages = ("stable-baselines3", "gymnasium", "mujoco", "numpy", "torch")
     return {
         "env": env_id,
@@ -176,10 +190,8 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
         "settings": {**PROTOCOL, **own},
         "versions": {name: version(name) for name in packages},
         "processor_seconds": round(seconds),
-        "last_tenth": float(what[when > 0.9 * steps].mean()),
         "without_noise": [round(each, 2) for each in returns],
-        "curve": in_parts(what, when, steps),
-        "updates": updates,
+        **course_of(recorder, steps),
     }
 
 

@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import rl_zoo3.import_envs  # noqa: F401 (registers the environments without velocities)
 import torch as th
-from field_protocol import Recorder, in_parts, keep, missing
-from field_protocol_report import curve_of, last_tenth, read
+from field_protocol import Recorder, course_of, keep, missing
+from field_protocol_report import curve_of, last_tenth, read, save
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -201,7 +201,6 @@ def perform(env_id: str, method: str, seed: int, share: float = 1.0) -> dict[str
     model.learn(int(share * task.steps), callback=recorder)
     seconds = time.process_time() - started
     returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
-    when, what = (np.array(column) for column in zip(*recorder.episodes, strict=True))
     steps = model.num_timesteps
     return {
         "env": env_id,
@@ -211,13 +210,8 @@ def perform(env_id: str, method: str, seed: int, share: float = 1.0) -> dict[str
         "settings": settings,
         "versions": {name: version(name) for name in ("stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "torch")},
         "processor_seconds": round(seconds),
-        "last_tenth": float(what[when > 0.9 * steps].mean()),
         "without_noise": [round(float(each), 2) for each in returns],
-        "curve": in_parts(what, when, steps),
-        "updates": {
-            name: in_parts(np.array(values), np.linspace(1, steps, len(values)), steps)
-            for name, values in recorder.updates.items()
-        },
+        **course_of(recorder, steps),
     }
 
 
@@ -289,11 +283,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 steps = np.arange(1, len(mean) + 1) / len(mean) * own[0]["steps"] / 1e3
                 (drawn,) = axis.plot(steps, mean, label=method, linewidth=1.4)
                 axis.fill_between(steps, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    for ending in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(ending), dpi=110)
-    plt.close(figure)
+    save(figure, axes[0][0].get_legend_handles_labels(), path)
 
 
 def report(out: Path) -> None:
