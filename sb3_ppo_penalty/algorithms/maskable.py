@@ -13,19 +13,23 @@ import numpy as np
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
-from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
+from sb3_contrib.common.maskable.distributions import (
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.ppo_mask.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution, MultiCategoricalDistribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_penalty.algorithms.ppo_penalty import PPOPenalty
 from sb3_ppo_penalty.arguments import require
+from sb3_ppo_penalty.compiled.noise import noise_shapes
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, kl_categorical, parameters_of
-from sb3_ppo_penalty.rollouts.reward_to_go import without_time_limits
 from sb3_ppo_penalty.rollouts.rollout import Observations, as_tensor
 
 SelfMaskable = TypeVar("SelfMaskable", bound="MaskablePPOPenalty")
@@ -37,6 +41,11 @@ OBSERVATION, MASKS = "<observation>", "<action_masks>"
 @parameters_of.register
 def _(distribution: MaskableMultiCategoricalDistribution) -> ActionParameters:
     return ActionParameters(kl_categorical, tuple(part.logits for part in distribution.distributions))
+
+
+# A mask changes the probabilities, not how an action is drawn
+noise_shapes.register(MaskableCategoricalDistribution, noise_shapes.dispatch(CategoricalDistribution))
+noise_shapes.register(MaskableMultiCategoricalDistribution, noise_shapes.dispatch(MultiCategoricalDistribution))
 
 
 class MaskablePPOPenalty(PPOPenalty):
@@ -134,13 +143,14 @@ class MaskablePPOPenalty(PPOPenalty):
         :param use_masking: whether the environment is asked for masks; default: as ``learn`` was told
         :return: False if the callback ended training
         """
-        env = without_time_limits(env, rollout_buffer)
-        masking = self._use_masking if use_masking is None else use_masking
+        if use_masking is not None:
+            self._use_masking = use_masking
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _collect(self, *arguments: Any) -> bool:
         # It uses nothing that the two classes do not share
         collect: Any = MaskablePPO.collect_rollouts
-        return self._ranks.collect(
-            self, callback, lambda watched: bool(collect(self, env, watched, rollout_buffer, n_rollout_steps, masking))
-        )
+        return bool(collect(self, *arguments, self._use_masking))
 
     def _unpacked(self, observations: Observations) -> tuple[Any, dict[str, Any]]:
         if not isinstance(observations, dict) or MASKS not in observations:

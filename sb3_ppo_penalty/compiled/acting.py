@@ -6,10 +6,10 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_ppo_penalty.compiled.noise import FILL, Noise, noise_shapes
-from sb3_ppo_penalty.compiled.trace import ActorModule, ActorProgram, Graph, exploration_of
+from sb3_ppo_penalty.compiled.trace import ActorModule, ActorProgram, Graph, exploration_of, map_tensors
 
 #: Actions, values and log-probabilities
 Acted = tuple[th.Tensor, th.Tensor, th.Tensor]
@@ -17,12 +17,12 @@ Acted = tuple[th.Tensor, th.Tensor, th.Tensor]
 
 def no_acting_reason(policy: Any) -> str | None:
     """
-    Return why a policy cannot act through a graph that takes observations alone, or None if it can.
+    Return why a policy cannot act through a graph, or None if it can.
 
     :param policy: the policy of a model
     """
-    if not isinstance(policy, ActorCriticPolicy):
-        return f"{type(policy).__name__} is none of SB3's actor-critic policies, and may take more than observations"
+    if not isinstance(policy, BasePolicy):
+        return f"{type(policy).__name__} is none of SB3's policies"
     return "its `forward` has been exchanged" if "forward" in vars(policy) else None
 
 
@@ -39,7 +39,7 @@ class Ready(NamedTuple):
     """
     All that one call needs, for observations of one kind.
 
-    :param graph: takes the policy's tensors, gSDE's matrices, the noise and the observations
+    :param graph: takes the policy's tensors, gSDE's matrices, the noise, the observations, and masks or the like
     :param program: that the graph was made of; its noise is filled anew at each call
     :param state: the policy's tensors
     """
@@ -71,46 +71,50 @@ class GraphForward:
     def __reduce__(self) -> tuple[Any, ...]:
         return own_forward, (self.policy,)
 
-    def __call__(self, obs: Any, deterministic: bool = False) -> Acted:
+    def __call__(self, obs: Any, deterministic: bool = False, **others: Any) -> Acted:
         """
         Return actions, values and log-probabilities.
 
         :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
         :param deterministic: whether to return the most likely actions, which needs no graph of its own
+        :param others: what else the policy takes, by name, as masks; None for what it does without
         """
         if deterministic or th.is_grad_enabled() or self.policy.training:
-            return self.eager(obs, deterministic)
-        observations = [each.contiguous() for each in (obs.values() if isinstance(obs, dict) else (obs,))]
-        kind = tuple([(each.shape, each.dtype) for each in observations])
+            return self.eager(obs, deterministic, **others)
+        named = {name: th.as_tensor(each, device=self.policy.device) for name, each in others.items() if each is not None}
+        observations = obs.values() if isinstance(obs, dict) else (obs,)
+        given = [each.contiguous() for each in (*observations, *named.values())]
+        kind = tuple([(each.shape, each.dtype) for each in given])
         if kind not in self.ready:
-            self.ready[kind] = self._prepare(obs)
+            self.ready[kind] = self._prepare(obs, named)
         ready = self.ready[kind]
         if ready is None:
-            return self.eager(obs)
+            return self.eager(obs, **others)
         kinds, noise = ready.program.kinds, ready.program.noise
         for kind_of_noise, each in zip(kinds, noise, strict=True):
             FILL[kind_of_noise](each)
         exploration = exploration_of(self.policy).values()
-        actions, values, log_prob, finite = ready.graph(*ready.state, *exploration, *noise, *observations)
+        actions, values, log_prob, finite = ready.graph(*ready.state, *exploration, *noise, *given)
         if not math.isfinite(finite.item()):
             # The policy itself says what is wrong, if anything is: a sum may also overflow
             with Noise(kinds, noise):
-                return self.eager(obs)
+                return self.eager(obs, **others)
         return actions, values, log_prob
 
-    def _prepare(self, obs: Any) -> Ready | None:
+    def _prepare(self, obs: Any, others: dict[str, th.Tensor]) -> Ready | None:
         """
         Make the program for one kind of observations, and look up its graph.
 
         :param obs: observations of a kind not seen in this rollout
+        :param others: what else the policy takes, by name
         :return: None where there is no graph
         """
-        obs = {key: each.contiguous() for key, each in obs.items()} if isinstance(obs, dict) else obs.contiguous()
+        obs, others = map_tensors((obs, others), th.Tensor.contiguous)
         some = next(iter(obs.values())) if isinstance(obs, dict) else obs
         draws = noise_shapes(self.policy.action_dist, len(some))
         noise = tuple(th.ones(shape, device=some.device) for _, shape in draws)
         state, exploration = self.module.tensors(), exploration_of(self.policy)
-        program = ActorProgram(self.module, state, exploration, tuple(kind for kind, _ in draws), noise, obs)
+        program = ActorProgram(self.module, state, exploration, tuple(kind for kind, _ in draws), noise, obs, others)
         with th.random.fork_rng(devices=[some.device] if some.is_cuda else []):
             for kind, each in zip(program.kinds, noise, strict=True):
                 FILL[kind](each)

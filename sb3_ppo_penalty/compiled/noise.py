@@ -1,6 +1,7 @@
 """Take the random draws out of a policy's forward pass: their noise comes from outside, so that the pass can be a graph."""
 
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch as th
@@ -8,7 +9,6 @@ from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
-    Distribution,
     MultiCategoricalDistribution,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,23 +62,22 @@ DRAWS: dict[Any, Draw] = {
 }
 
 
-def noise_shapes(distribution: Distribution, rows: int) -> list[tuple[str, tuple[int, int]]]:
+@singledispatch
+def noise_shapes(distribution: Any, rows: int) -> list[tuple[str, tuple[int, int]]]:
     """
     Say what a distribution draws for one action per state.
 
-    :param distribution: of SB3 or of this package; another one is taken to draw nothing, which :class:`Noise` finds out
+    :param distribution: one of a class that is not registered is taken to draw nothing, which :class:`Noise` finds out
     :param rows: number of states
     :return: kind and shape of the noise of each draw, in their order
     """
-    if isinstance(distribution, DiagGaussianDistribution):
-        return [("normal", (rows, distribution.action_dim))]
-    if isinstance(distribution, CategoricalDistribution):
-        return [("exponential", (rows, distribution.action_dim))]
-    if isinstance(distribution, MultiCategoricalDistribution):
-        return [("exponential", (rows, choices)) for choices in distribution.action_dims]
-    if isinstance(distribution, BernoulliDistribution):
-        return [("uniform", (rows, distribution.action_dims))]
     return []
+
+
+noise_shapes.register(DiagGaussianDistribution, lambda of, rows: [("normal", (rows, of.action_dim))])
+noise_shapes.register(CategoricalDistribution, lambda of, rows: [("exponential", (rows, of.action_dim))])
+noise_shapes.register(MultiCategoricalDistribution, lambda of, rows: [("exponential", (rows, n)) for n in of.action_dims])
+noise_shapes.register(BernoulliDistribution, lambda of, rows: [("uniform", (rows, of.action_dims))])
 
 
 class Noise(TorchDispatchMode):  # type: ignore[no-untyped-call]

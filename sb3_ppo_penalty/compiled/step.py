@@ -190,19 +190,20 @@ class StepInputs(NamedTuple):
         )
 
 
-def call_with_tensors(module: nn.Module, tensors: dict[str, th.Tensor], *arguments: Any) -> Any:
+def call_with_tensors(module: nn.Module, tensors: dict[str, th.Tensor], *arguments: Any, **named: Any) -> Any:
     """
     Call a module with other tensors in place of its own.
 
     :param module: the module; it keeps its own tensors
     :param tensors: weights and buffers by name; what the module changes in place is changed in these
     :param arguments: the arguments of the call
+    :param named: the same by name
     :return: the module's result
     :raises UntraceableError: if the module assigns a new tensor to one of its names
     """
     exchanged = dict(tensors)
     # Not tied: an extractor that SB3 registers under three names would be exchanged three times and put back once
-    result = th.func.functional_call(module, exchanged, arguments, tie_weights=False)
+    result = th.func.functional_call(module, exchanged, arguments, named, tie_weights=False)
     # torch writes into this dict what the module has assigned
     assigned = [name for name, tensor in tensors.items() if exchanged[name] is not tensor]
     if assigned:

@@ -218,13 +218,14 @@ class ActorModule(nn.Module):
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor.detach() for name, tensor in named.items()}
 
-    def forward(self, obs: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def forward(self, obs: Any, **others: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Compute actions, values and log-probabilities, by the method of the policy's class.
 
         :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
+        :param others: what else the policy takes, by name, as masks
         """
-        actions, values, log_prob = type(self.policy).forward(self.policy, obs)
+        actions, values, log_prob = type(self.policy).forward(self.policy, obs, **others)
         return actions, values, log_prob
 
 
@@ -249,6 +250,7 @@ class ActorProgram(NamedTuple):
     :param kinds: kinds of the noise, see :data:`~.noise.FILL`
     :param noise: what the draws of the pass take from the random generator, in their order
     :param obs: observations, shape (batch, *obs_shape), or one such tensor per key
+    :param others: what else the policy takes, by name, as masks
     """
 
     module: ActorModule
@@ -257,19 +259,20 @@ class ActorProgram(NamedTuple):
     kinds: tuple[str, ...]
     noise: tuple[th.Tensor, ...]
     obs: Any
+    others: dict[str, th.Tensor]
 
     @th.no_grad()
     def run(self) -> list[th.Tensor]:
         """Return actions, values, log-probabilities, and a scalar that is finite if actions and log-probabilities are."""
         vars(self.module.policy.action_dist).update(self.exploration)
         with Noise(self.kinds, self.noise):
-            actions, values, log_prob = call_with_tensors(self.module, self.state, self.obs)
+            actions, values, log_prob = call_with_tensors(self.module, self.state, self.obs, **self.others)
         return [actions, values, log_prob, log_prob.sum() + actions.sum()]
 
     def tensors(self) -> list[th.Tensor]:
-        """Return the arguments of the graph: the policy's tensors, the noise, then the observations."""
+        """Return the arguments of the graph: the policy's tensors, the noise, the observations, then what else it takes."""
         observations = self.obs.values() if isinstance(self.obs, dict) else [self.obs]
-        return [*self.state.values(), *self.exploration.values(), *self.noise, *observations]
+        return [*self.state.values(), *self.exploration.values(), *self.noise, *observations, *self.others.values()]
 
     def with_tensors(self, tensors: Sequence[th.Tensor]) -> "ActorProgram":
         """
@@ -281,7 +284,8 @@ class ActorProgram(NamedTuple):
         state, exploration = ({name: next(left) for name in each} for each in (self.state, self.exploration))
         noise = tuple(next(left) for _ in self.noise)
         obs = {key: next(left) for key in self.obs} if isinstance(self.obs, dict) else next(left)
-        return self._replace(state=state, exploration=exploration, noise=noise, obs=obs)
+        others = {name: next(left) for name in self.others}
+        return self._replace(state=state, exploration=exploration, noise=noise, obs=obs, others=others)
 
     @th.no_grad()
     def matches(self, graph: Graph) -> bool:

@@ -75,6 +75,24 @@ def pickled(obj: Any) -> bytes:
     return file.getvalue()
 
 
+def with_numbers(traced: th.fx.GraphModule) -> th.fx.GraphModule:
+    """
+    Make the scalar constants of a graph in the graph itself: torch's compiler for libraries takes none that exist already.
+
+    :param traced: as it was traced; changed in place
+    :return: the same
+    """
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, node.target, None)
+        if isinstance(value, th.Tensor) and value.dim() == 0:
+            with traced.graph.inserting_before(node):
+                made = traced.graph.call_function(th.ops.aten.full.default, ([], value.item()), {"dtype": value.dtype})
+            node.replace_all_uses_with(made)
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
 def build_library(traced: th.fx.GraphModule, examples: list[th.Tensor]) -> str:
     """
     Compile a traced program to a shared library, unless an equal one has been compiled before.
@@ -137,7 +155,7 @@ def answer(request: bytes) -> tuple[bool, str]:
         th.set_default_dtype(dtype)
         th.set_float32_matmul_precision(precision)
         program = without_data(sent, "cpu")
-        return True, build_library(trace(program), program.tensors())
+        return True, build_library(with_numbers(trace(program)), program.tensors())
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
 
