@@ -11,9 +11,9 @@ Measure how fast training is beside stock PPO: steps per second, collection and 
     python examples/benchmark_speed.py --parts recurrent # policies with a memory, beside sb3-contrib's RecurrentPPO
 
 Every contender trains the same networks with SB3's default hyperparameters. They take turns, one rollout with its update at
-a time in one process, and what is reported are medians of ratios within a turn: whatever else the machine is doing, it does
-to all of them. Compilation is what the first turn took longer than the later ones. SBX (`pip install sbx-rl`) takes part
-where it is installed; it has no GPU here either.
+a time in one process, or for images in one process each, which keeps their heaps apart. What is reported are medians of
+ratios within a turn: whatever else the machine is doing, it does to all of them. Compilation is what the first turn took
+longer than the later ones. SBX (`pip install sbx-rl`) takes part where it is installed; it has no GPU here either.
 """
 
 import argparse
@@ -137,9 +137,10 @@ class TimedTraining:
 
     def __init__(self, algorithm: Callable[..., BaseAlgorithm], env: Any, n_envs: int, **options: Any) -> None:
         vec_env = env if isinstance(env, VecEnv) else make_vec_env(env, n_envs, seed=0)
-        self.model = algorithm(**{"policy": "MlpPolicy", "env": vec_env, "seed": 0, **options})
+        self.model: Any = algorithm(**{"policy": "MlpPolicy", "env": vec_env, "seed": 0, **options})
+        self.steps: int = self.model.n_steps * self.model.n_envs
         self.train, self.update_s = self.model.train, 0.0
-        self.model.train = self._timed_train  # type: ignore[method-assign]
+        self.model.train = self._timed_train
         self.turns: list[tuple[float, float]] = []
 
     def _timed_train(self) -> None:
@@ -147,12 +148,54 @@ class TimedTraining:
         self.train()
         self.update_s = time.perf_counter() - start
 
+    def close(self) -> None:
+        """Close the environments."""
+        self.model.env.close()
+
     def __call__(self) -> None:
         """Collect one rollout and learn from it."""
-        steps = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]
         start = time.perf_counter()
-        self.model.learn(steps, reset_num_timesteps=not self.turns)
+        self.model.learn(self.steps, reset_num_timesteps=not self.turns)
         self.turns.append((time.perf_counter() - start - self.update_s, self.update_s))
+
+
+def serve_turns(pipe: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """
+    Train in a process of its own, a turn for each message.
+
+    :param pipe: sends back how long the collection and the update took
+    :param arguments: of :class:`TimedTraining`
+    :param options: the same by name
+    """
+    run = TimedTraining(*arguments, **options)
+    while pipe.recv():
+        run()
+        pipe.send((run.steps, run.turns[-1]))
+
+
+class TimedProcess:
+    """
+    A contender in a process of its own.
+
+    :param arguments: of :class:`TimedTraining`
+    :param options: the same by name
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        context.Process(target=serve_turns, args=(theirs, arguments, options), daemon=True).start()
+        self.turns: list[tuple[float, float]] = []
+
+    def __call__(self) -> None:
+        """Let it collect one rollout and learn from it."""
+        self.pipe.send(True)
+        self.steps, turn = self.pipe.recv()
+        self.turns.append(turn)
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(False)
 
 
 def run_case(
@@ -162,6 +205,7 @@ def run_case(
     repetitions: int,
     names: Sequence[str] = (),
     among: Contenders | None = None,
+    timed: type[TimedTraining] | type[TimedProcess] = TimedTraining,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """
@@ -174,6 +218,7 @@ def run_case(
     :param repetitions: number of turns after the first
     :param names: names of the contenders; default: all
     :param among: the contenders; default: those without a memory
+    :param timed: what trains a contender
     :param options: ``n_envs`` and arguments of the algorithms
     :return: a row for each contender
     """
@@ -181,7 +226,7 @@ def run_case(
     known = among or contenders()
     envs = env if isinstance(env, dict) else dict.fromkeys(known, env)
     runs = {
-        key: TimedTraining(algorithm, envs[key], n_envs, device="cpu", **{**options, **own})
+        key: timed(algorithm, envs[key], n_envs, device="cpu", **{**options, **own})
         for key, (algorithm, own) in known.items()
         if key in (names or envs)
     }
@@ -199,7 +244,7 @@ def run_case(
                 "part": part,
                 "case": name,
                 "contender": key,
-                "steps_per_second": round(n_envs * run.model.n_steps / float(median.sum())),  # type: ignore[attr-defined]
+                "steps_per_second": round(run.steps / float(median.sum())),
                 "ratio": round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
                 "collect_ratio": round(statistics.median(collect.tolist()), 2),
                 "update_ratio": round(statistics.median(update.tolist()), 2),
@@ -208,7 +253,7 @@ def run_case(
             }
         )
         print(rows[-1], flush=True)
-        run.model.env.close()  # type: ignore[union-attr]
+        run.close()
     return rows
 
 
@@ -370,7 +415,7 @@ def images_part(repetitions: int) -> list[dict[str, Any]]:
     for n_epochs in (1, 4, 10):
         options = {"policy": "CnnPolicy", "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": n_epochs}
         env, names = lambda: FakeImageEnv(n_channels=4), ["stock PPO", "PPOClip", "PPOPenalty"]
-        rows += run_case("images", f"4 x 84 x 84, {n_epochs} epochs", env, repetitions, names, **options)
+        rows += run_case("images", f"4 x 84 x 84, {n_epochs} epochs", env, repetitions, names, timed=TimedProcess, **options)
     return rows
 
 

@@ -15,6 +15,10 @@ Observations = th.Tensor | dict[str, th.Tensor]
 CHUNK_BYTES = 8 * 2**20
 #: Up to this size the observations are put in each epoch's order as a whole; larger ones (images) minibatch by minibatch
 SHUFFLED_BYTES = 32 * 2**20
+#: From this size on, the float32 observations of a minibatch make the C library's heap grow and shrink with each minibatch
+LARGE_MINIBATCH_BYTES = 2**20
+#: Just below 32 MiB, the largest block that glibc's thresholds follow
+KEPT_BYTES = 2**25 - 2**13
 #: However small the observations are: the networks' activations take memory too
 CHUNK_ROWS = 4096
 #: The methods with which SB3's buffers make minibatches
@@ -89,11 +93,15 @@ class Transitions(NamedTuple):
         return [*observations, *self[1:6], *(self.old.per_state if self.old else ())]
 
     @property
+    def row_bytes(self) -> int:
+        """The size of one transition's observations as float32."""
+        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
+        return 4 * sum(tensor[0].numel() for tensor in tensors)
+
+    @property
     def chunk_rows(self) -> int:
         """The number of transitions that one pass without gradient may take at a time."""
-        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
-        row_bytes = 4 * sum(tensor[0].numel() for tensor in tensors)
-        return min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)
+        return min(max(CHUNK_BYTES // max(self.row_bytes, 1), 1), CHUNK_ROWS)
 
     @property
     def shared(self) -> tuple[th.Tensor, ...]:
@@ -122,6 +130,18 @@ class Transitions(NamedTuple):
         :param rows: how many; all if there are fewer
         """
         return self.with_columns([column[:rows] for column in self.columns])
+
+    def keep_freed_memory(self, batch_size: int) -> None:
+        """
+        Let the C library keep what a minibatch of images frees, for the next one.
+
+        glibc would give it back to the system and take it again, page by page, in a fifth of the update's time. It stops to do
+        so once it has seen a block of 32 MB freed. This one is never touched, so it takes no memory.
+
+        :param batch_size: of the minibatches
+        """
+        if batch_size * self.row_bytes > LARGE_MINIBATCH_BYTES and self.actions.device.type == "cpu":
+            th.empty(KEPT_BYTES, dtype=th.uint8)
 
     def drawn_order(self) -> th.Tensor:
         """Draw an order of the transitions from numpy's global generator, as SB3 does; shape (n_transitions,)."""
