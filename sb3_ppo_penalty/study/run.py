@@ -4,6 +4,7 @@ import json
 import os
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
@@ -39,9 +40,10 @@ class Experiment(Manager):
 
     :param run: the run to perform
     :param folder: folder for all that is written
+    :param opened: closes the environments that are created
     """
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(self, run: Run, folder: Path, opened: ExitStack) -> None:
         zoo_name = ALGORITHMS[base_algorithm(run.algo)].zoo_name
         super().__init__(
             Namespace(),
@@ -56,6 +58,7 @@ class Experiment(Manager):
         )
         self.save_path = self.params_path = str(folder)
         self.given = run.hyperparams
+        self.opened = opened
         # RL Zoo does not pass an entry's `env_kwargs` to the evaluation environments
         self.eval_env_kwargs = run.hyperparams.get("env_kwargs", {})
 
@@ -66,6 +69,19 @@ class Experiment(Manager):
         :return: a copy that RL Zoo changes, and one that it saves
         """
         return deepcopy(self.given), OrderedDict(sorted(self.given.items()))
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        Create environments as RL Zoo does, and note that they are to be closed.
+
+        :param n_envs: number of environments
+        :param eval_env: whether they are for evaluation
+        :param no_log: whether no monitor file is written
+        :return: the environments
+        """
+        env: VecEnv = super().create_envs(n_envs, eval_env=eval_env, no_log=no_log)
+        self.opened.callback(env.close)
+        return env
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         """
@@ -187,19 +203,18 @@ def perform(run: Run, folder: Path, parent_pid: int | None = None) -> None:
     prepare(run.task.gym_packages)
     folder.mkdir(parents=True)
     (folder / SETTINGS).write_text(run.settings)
-    experiment = Experiment(run, folder)
-    model, _ = cast(tuple[BaseAlgorithm, Any], experiment.setup_experiment())
-    eval_env = experiment.create_envs(min(EVALUATION_ENVS, run.task.n_eval_episodes), eval_env=True)
-    evaluation = FixedStartsEvalCallback(eval_env, run.task.eval_freq, run.task.n_timesteps, folder)
-    model.set_logger(configure(str(folder), ["csv"]))
-    started = perf_counter()
-    model.learn(run.task.n_timesteps, [*experiment.callbacks, UpdateLog(folder, parent_pid), evaluation], log_interval=1)
-    seconds = perf_counter() - started - evaluation.seconds
-    returns, lengths = evaluate(model, eval_env, run.task.n_eval_episodes)
-    np.savez(folder / FINAL_EVALUATION, results=returns, ep_lengths=lengths)
-    experiment.save_trained_model(model)
-    figures = {"steps": model.num_timesteps, "training_seconds": seconds, "final_return": float(np.mean(returns))}
-    (folder / RESULT).write_text(json.dumps({**figures, "source": source_digest()}, indent=1))
-    model.logger.close()
-    for env in (cast(VecEnv, model.get_env()), eval_env):
-        env.close()
+    with ExitStack() as opened:
+        experiment = Experiment(run, folder, opened)
+        model, _ = cast(tuple[BaseAlgorithm, Any], experiment.setup_experiment())
+        eval_env = experiment.create_envs(min(EVALUATION_ENVS, run.task.n_eval_episodes), eval_env=True)
+        evaluation = FixedStartsEvalCallback(eval_env, run.task.eval_freq, run.task.n_timesteps, folder)
+        model.set_logger(configure(str(folder), ["csv"]))
+        opened.callback(model.logger.close)
+        started = perf_counter()
+        model.learn(run.task.n_timesteps, [*experiment.callbacks, UpdateLog(folder, parent_pid), evaluation], log_interval=1)
+        seconds = perf_counter() - started - evaluation.seconds
+        returns, lengths = evaluate(model, eval_env, run.task.n_eval_episodes)
+        np.savez(folder / FINAL_EVALUATION, results=returns, ep_lengths=lengths)
+        experiment.save_trained_model(model)
+        figures = {"steps": model.num_timesteps, "training_seconds": seconds, "final_return": float(np.mean(returns))}
+        (folder / RESULT).write_text(json.dumps({**figures, "source": source_digest()}, indent=1))

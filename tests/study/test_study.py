@@ -1,6 +1,5 @@
 """The side-by-side comparison: its statistics, what it runs, how it survives being killed, and what it reports."""
 
-import gc
 import json
 import math
 import os
@@ -10,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import combinations, count
 from pathlib import Path
@@ -23,6 +21,8 @@ import pytest
 import rl_zoo3
 import torch as th
 import yaml
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.registration import EnvSpec
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -580,10 +580,9 @@ def make_lottery(tmp_path_factory) -> dict:
     (room / "lottery.py").write_text(LOTTERY)
     words = [*DRAWS, "--algos", "ppo_penalty", "ppo_clip", "trpo", "--out", str(room / "out")]
     words += ["--hyperparams", "n_steps=64", "ppo_penalty:n_epochs=1", "ppo_clip:nonsense=1", "trpo:batch_size=64"]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore", category=ResourceWarning):
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(room)
         done = in_this_process(*words)
-        gc.collect()  # of the run that fails an environment is left open, with its log
     return {"out": room / "out", **done}
 
 
@@ -614,6 +613,50 @@ def test_a_run_whose_process_dies_takes_no_other_along(tmp_path: Path) -> None:
     assert failure.name.startswith("ppo-seed0")
     assert "its process died" in failure.read_text()
     assert "1 of 3 runs failed" in done.stdout
+
+
+class Fragile(CartPoleEnv):
+    """Breaks in a step of its training, and knows how many of its kind are open."""
+
+    open = made = 0
+
+    def __init__(self, last_step: float = math.inf) -> None:
+        super().__init__()
+        self.left = last_step
+        Fragile.open, Fragile.made = Fragile.open + 1, Fragile.made + 1
+
+    def step(self, action):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("it broke")
+        return super().step(action)
+
+    def close(self) -> None:
+        super().close()
+        Fragile.open -= 1
+
+
+@pytest.mark.parametrize(
+    ("hyperparams", "error", "made"),
+    [
+        ({}, None, 2 + 3),
+        ({"nonsense": 1}, TypeError, 2),
+        ({"env_kwargs": {"last_step": 20}}, RuntimeError, 2 + 3),
+    ],
+    ids=["it succeeds", "its model cannot be made", "its environment breaks"],
+)
+def test_a_run_closes_its_environments_and_files(hyperparams, error, made: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(gym.registry, "Fragile-v0", EnvSpec("Fragile-v0", Fragile))
+    monkeypatch.setattr(Fragile, "open", 0)
+    monkeypatch.setattr(Fragile, "made", 0)
+    small = {"policy": "MlpPolicy", "n_envs": 2, "n_timesteps": 64, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
+    work = grid.Task("Fragile-v0", 64, eval_freq=32, n_eval_episodes=3, device="cpu", gym_packages=())
+    failure = pytest.raises(error) if error else nullcontext()
+    # What pytest keeps of an error holds all that was opened, so that no garbage collector closes it
+    with failure as kept:
+        perform(grid.Run("ppo", 0, {**small, **hyperparams}, work, {}), tmp_path / "run")
+    files = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    assert (Fragile.made, Fragile.open, [each for each in files if str(tmp_path) in each]) == (made, 0, []), kept
 
 
 def test_every_evaluation_has_the_same_starts_whatever_the_policy_does(lottery) -> None:
