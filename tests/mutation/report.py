@@ -18,7 +18,7 @@ KILLED = {1, 3, -24, 24, 36, 152, 255}
 class Mutant(NamedTuple):
     """A mutant, and what became of it."""
 
-    room: str
+    module: str
     tool: str
     killed: bool
     line: str
@@ -33,7 +33,7 @@ def changed_line(diff: str) -> str:
 
 def of_mutmut() -> dict[str, int | None]:
     """Its mutants by name, and how pytest ended."""
-    files = sorted(Path("mutants/sb3_ppo_penalty").glob("*.py.meta"))
+    files = sorted(Path("mutants/sb3_ppo_penalty").rglob("*.py.meta"))
     return {name: code for path in files for name, code in json.loads(path.read_text())["exit_code_by_key"].items()}
 
 
@@ -54,7 +54,7 @@ def mutants() -> list[Mutant]:
     for name, code in of_mutmut().items():
         killed = code in KILLED
         diff = "" if killed else subprocess.run(["mutmut", "show", name], capture_output=True, text=True, check=True).stdout
-        found.append(Mutant(name.split(".")[1], "mutmut", killed, "" if killed else changed_line(diff)))
+        found.append(Mutant(name.split(".")[-2], "mutmut", killed, "" if killed else changed_line(diff)))
     query = "SELECT module_path, test_outcome, diff FROM mutation_specs JOIN work_results USING (job_id)"
     with sqlite3.connect(SESSION) as session:
         for path, outcome, diff in session.execute(query):
@@ -65,11 +65,11 @@ def mutants() -> list[Mutant]:
 def table() -> bool:
     """Print what came of them, and whether the survivors are those that are listed."""
     everyone = mutants()
-    count = Counter((mutant.room, mutant.tool, mutant.killed) for mutant in everyone)
-    print(f"{'room':12} {'tool':10} {'mutants':>7} {'killed':>6} {'survived':>8}")
-    for room, tool in sorted({(mutant.room, mutant.tool) for mutant in everyone}):
-        killed, survived = (count[room, tool, outcome] for outcome in (True, False))
-        print(f"{room:12} {tool:10} {killed + survived:7} {killed:6} {survived:8}")
+    count = Counter((mutant.module, mutant.tool, mutant.killed) for mutant in everyone)
+    print(f"{'module':14} {'tool':10} {'mutants':>7} {'killed':>6} {'survived':>8}")
+    for module, tool in sorted({(mutant.module, mutant.tool) for mutant in everyone}):
+        killed, survived = (count[module, tool, outcome] for outcome in (True, False))
+        print(f"{module:14} {tool:10} {killed + survived:7} {killed:6} {survived:8}")
     killed = sum(mutant.killed for mutant in everyone)
     print(f"{killed} of {len(everyone)} killed, {100 * killed / len(everyone):.1f} %")
     survived = {mutant.line for mutant in everyone if not mutant.killed}
