@@ -1,6 +1,8 @@
 """The exact divergence against closed forms, torch, Monte Carlo and SB3's own policies."""
 
 import math
+import re
+from functools import partial
 
 import pytest
 import torch as th
@@ -35,6 +37,7 @@ from sb3_ppo_penalty.objectives.divergence import (
     kl_fixed_full,
     kl_gaussian,
     parameters_of,
+    register_divergence,
 )
 
 LN2 = math.log(2.0)
@@ -600,6 +603,60 @@ def test_squashing_does_not_change_the_divergence():
     assert kl_divergence(parameters_of(old), parameters_of(new)).item() == pytest.approx(squashed, rel=1e-3)
 
 
+# --- classes that users add
+
+
+class Exponential:
+    """Waiting times, with a rate for each state and dimension."""
+
+    def __init__(self, *rates: list[list[float]]) -> None:
+        self.rates = [th.tensor(each, dtype=th.float64) for each in rates]
+
+
+def kl_exponential(rate, new_rate):
+    return ((rate / new_rate).log() + new_rate / rate - 1).sum(dim=-1)
+
+
+def rates_of(waiting):
+    yield from waiting.rates
+
+
+def test_a_class_that_is_registered_has_its_divergence_and_so_have_its_subclasses():
+    register_divergence(Exponential, rates_of, kl_exponential)
+    for kind in (Exponential, type("Subclass", (Exponential,), {})):
+        old, new = parameters_of(kind([[2, 1], [1, 1]])), parameters_of(kind([[1, 1], [2, 2]]))
+        # ln 2 + 1/2 - 1 from rate 2 to 1; ln 1/2 + 2 - 1 from 1 to 2, in both dimensions
+        assert kl_divergence(old, new).tolist() == pytest.approx([LN2 - 0.5, 2 * (1 - LN2)])
+        assert (len(old.per_state), old.shared) == (1, ())
+
+
+@pytest.mark.parametrize(("rates", "rows"), [([[[1]], [[1], [1]]], "[1, 2]"), ([], "[]")])
+def test_parameters_of_a_registered_class_have_a_row_for_each_state(rates, rows):
+    register_divergence(Exponential, rates_of, kl_exponential)
+    message = f"`parameters` must return tensors with a row for each state, got {rows} rows"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parameters_of(Exponential(*rates))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((7, rates_of, kl_exponential), "`distribution_class` must be a class, got 7"),
+        ((Exponential, 8, kl_exponential), "`parameters` must be a function, got 8"),
+        ((Exponential, rates_of, None), "`divergence` must be a function, got None"),
+    ],
+)
+def test_what_is_registered_is_checked(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        register_divergence(*arguments)
+
+
+def test_a_divergence_without_a_name_is_told_by_its_class():
+    named, nameless = (ActionParameters(kl, (th.ones(2, 1),)) for kl in (kl_exponential, partial(kl_exponential)))
+    with pytest.raises(ValueError, match=r"^cannot compare exponential of 1 tensors with partial of 1$"):
+        kl_divergence(named, nameless)
+
+
 # --- what cannot be compared
 
 
@@ -631,6 +688,7 @@ def test_batches_that_do_not_add_up_are_not_joined(rows):
     with pytest.raises(ValueError, match=f"^the batches should have {rows} rows together$"):
         collect_rows(batches, rows)
     assert [tuple(column.shape) for column in collect_rows(batches, 5)] == [(5,), (5, 2)]
+    assert collect_rows([], 0) == ()
 
 
 def test_batches_of_different_kinds_are_not_joined():

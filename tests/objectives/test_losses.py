@@ -174,9 +174,10 @@ def test_quadratic_cutoff(kl, per_state, cost, slopes):
     assert divergence.grad.tolist() == pytest.approx(slopes, abs=1e-15)
 
 
-def test_value_loss():
+@pytest.mark.parametrize("own", [{}, {"squared_error": losses.mean_square}], ids=["PPO's", "RecurrentPPO's"])
+def test_value_loss(own):
     values = tensor(1, 2, grad=True)
-    loss = losses.value_loss(values, tensor(2, 4), tensor(0, 0))
+    loss = losses.value_loss(values, tensor(2, 4), tensor(0, 0), **own)
     loss.backward()
     assert loss.item() == pytest.approx(2.5)  # (1 + 4) / 2
     assert values.grad.tolist() == pytest.approx([-1, -2])  # 2 (V - R) / 2
