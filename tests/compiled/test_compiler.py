@@ -86,7 +86,8 @@ CASES = {
     "penalty": (PPOPenalty, {}),
     "penalty, everything": (
         PPOPenalty,
-        {"clip_range": lambda p: 0.1 + 0.1 * p, "clip_range_vf": 0.2, "ent_coef": 0.01, "learning_rate": lambda p: 1e-3 * p}
+        # Small enough that both clips cut something off
+        {"clip_range": lambda p: 0.02 + 0.02 * p, "clip_range_vf": 0.02, "ent_coef": 0.1, "learning_rate": lambda p: 3e-3 * p}
         | {"policy_kwargs": {**TINY, "learn_covariance": True, "optimizer_kwargs": {"weight_decay": 0.01}}},
     ),
     "penalty, full covariance": (
@@ -97,18 +98,30 @@ CASES = {
     "penalty, images": (*(PPOPenalty, {"env": images, "policy": "CnnPolicy", "n_steps": 16, "batch_size": 8}),),
     "penalty, Dict": (PPOPenalty, {"env": several_inputs, "policy": "MultiInputPolicy", "n_steps": 16, "batch_size": 8}),
     "penalty, MultiDiscrete": (PPOPenalty, {"env": lambda: Sound(spaces.MultiDiscrete([2, 3]))}),
-    "penalty, MultiBinary, symmetric": (PPOPenalty, {"env": lambda: Sound(spaces.MultiBinary(3)), "kl_penalty": "symmetric"}),
+    "penalty, MultiBinary, symmetric": (
+        PPOPenalty,
+        {
+            **FAST,
+            "learning_rate": 1e-2,
+            "kl_coef": 10.0,
+            "env": lambda: Sound(spaces.MultiBinary(3)),
+            "kl_penalty": "symmetric",
+        },
+    ),
     "penalty, masks": (MaskablePPOPenalty, {"env": masked}),
     "penalty, masks of several actions, new_old": (MaskablePPOPenalty, {"env": several_masked, "kl_penalty": "new_old"}),
-    "penalty, cutoff, truncated": (PPOPenalty, {**FAST, "kl_penalty": {"cutoff_coef": 100.0}, "max_ratio": 1.5}),
-    "penalty, symmetric, cutoff per state": (
+    "penalty, cutoff, truncated": (PPOPenalty, {**FAST, "kl_penalty": {"cutoff_coef": 100.0}, "max_ratio": 1.1}),
+    # Where the covariance stays, both directions are the same
+    "penalty, learned covariance, symmetric, cutoff per state": (
         PPOPenalty,
-        {**FAST, "kl_penalty": {"direction": "symmetric", "cutoff_coef": 100.0, "per_state": True}},
+        {**FAST, "kl_penalty": {"direction": "symmetric", "cutoff_coef": 100.0, "per_state": True}}
+        | {"policy_kwargs": {**TINY, "learn_covariance": True}},
     ),
     "penalty, sampled, weighted": (PPOPenalty, {**FAST, "kl_penalty": {"sampled": True, "advantage_weighted": True}}),
-    "penalty, weighted, constant": (
+    "penalty, Discrete, new_old, weighted, constant": (
         PPOPenalty,
-        {**FAST, "kl_penalty": {"direction": "new_old", "advantage_weighted": True}, "kl_controller": "fixed"},
+        {**FAST, "kl_penalty": {"direction": "new_old", "advantage_weighted": True}, "kl_controller": "fixed"}
+        | {"env": "CartPole-v1"},
     ),
     "clip, early stop": (PPOClip, {"target_kl": 0.0005, "learning_rate": 1e-3, "n_epochs": 6}),
     "clip, ragged, gSDE": (PPOClip, {"batch_size": 20, "use_sde": True}),
