@@ -617,13 +617,19 @@ def kl_exponential(rate, new_rate):
     return ((rate / new_rate).log() + new_rate / rate - 1).sum(dim=-1)
 
 
-def rates_of(waiting):
-    yield from waiting.rates
+def rates_of(distribution):
+    yield from distribution.rates
 
 
-def test_a_class_that_is_registered_has_its_divergence_and_so_have_its_subclasses():
-    register_divergence(Exponential, rates_of, kl_exponential)
-    for kind in (Exponential, type("Subclass", (Exponential,), {})):
+@pytest.fixture
+def waiting():
+    """A class that no test has registered yet."""
+    return type("Waiting", (Exponential,), {})
+
+
+def test_a_class_that_is_registered_has_its_divergence_and_so_have_its_subclasses(waiting):
+    register_divergence(waiting, rates_of, kl_exponential)
+    for kind in (waiting, type("Subclass", (waiting,), {})):
         old, new = parameters_of(kind([[2, 1], [1, 1]])), parameters_of(kind([[1, 1], [2, 2]]))
         # ln 2 + 1/2 - 1 from rate 2 to 1; ln 1/2 + 2 - 1 from 1 to 2, in both dimensions
         assert kl_divergence(old, new).tolist() == pytest.approx([LN2 - 0.5, 2 * (1 - LN2)])
@@ -631,11 +637,11 @@ def test_a_class_that_is_registered_has_its_divergence_and_so_have_its_subclasse
 
 
 @pytest.mark.parametrize(("rates", "rows"), [([[[1]], [[1], [1]]], "[1, 2]"), ([], "[]")])
-def test_parameters_of_a_registered_class_have_a_row_for_each_state(rates, rows):
-    register_divergence(Exponential, rates_of, kl_exponential)
+def test_parameters_of_a_registered_class_have_a_row_for_each_state(rates, rows, waiting):
+    register_divergence(waiting, rates_of, kl_exponential)
     message = f"`parameters` must return tensors with a row for each state, got {rows} rows"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        parameters_of(Exponential(*rates))
+        parameters_of(waiting(*rates))
 
 
 @pytest.mark.parametrize(
@@ -643,7 +649,7 @@ def test_parameters_of_a_registered_class_have_a_row_for_each_state(rates, rows)
     [
         ((7, rates_of, kl_exponential), "`distribution_class` must be a class, got 7"),
         ((Exponential, 8, kl_exponential), "`parameters` must be a function, got 8"),
-        ((Exponential, rates_of, None), "`divergence` must be a function, got None"),
+        ((Exponential, rates_of, 9), "`divergence` must be a function, got 9"),
     ],
 )
 def test_what_is_registered_is_checked(arguments, message):
