@@ -64,6 +64,16 @@ def signature_with(algorithm: type, defaults: dict[str, Any]) -> inspect.Signatu
     return signature.replace(parameters=list({**signature.parameters, **changed}.values()))
 
 
+def only_empties_memory(policy: BasePolicy) -> bool:
+    """
+    Return whether all that the start of an episode does to a policy is to empty its memory: true of sb3-contrib's own methods.
+
+    :param policy: with a memory
+    """
+    names = ("evaluate_actions", "get_distribution", "_process_sequence")
+    return all(getattr(type(policy), name, None) is getattr(RecurrentActorCriticPolicy, name) for name in names)
+
+
 class RecurrentAlgorithm(ProximalAlgorithm):
     """
     What the recurrent variants of PPO-clip and PPO-penalty share.
@@ -172,7 +182,7 @@ class RecurrentAlgorithm(ProximalAlgorithm):
         return compiler
 
     def _evaluator(self, source: str | None) -> SequenceEvaluator:
-        return SequenceEvaluator(self.policy, self._unpacked, source)
+        return SequenceEvaluator(self.policy, self._unpacked, source, only_empties_memory(self.policy))
 
     def _examples(self) -> tuple[Observations, th.Tensor]:
         observations, actions = super()._examples()

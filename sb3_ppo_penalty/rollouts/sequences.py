@@ -89,6 +89,19 @@ def pad(steps: Transitions, lengths: Sequence[int]) -> Transitions:
     return steps._replace(observations={**padded, EPISODE_STARTS: starts, REAL: real})
 
 
+def without_starts(padded: Transitions) -> Transitions:
+    """
+    Give memories empty where an episode begins with its sequence, so that the policy has none to empty.
+
+    :param padded: sequences in which no episode begins but at the first step
+    """
+    assert isinstance(padded.observations, dict)
+    starts = padded.observations[EPISODE_STARTS]
+    kept = 1.0 - starts.view(len(padded.observations[STATES[0]]), -1)[:, :1, None]
+    states = {name: kept * padded.observations[name] for name in STATES}
+    return padded._replace(observations={**padded.observations, **states, EPISODE_STARTS: th.zeros_like(starts)})
+
+
 def whole_sequences(rollout: Transitions) -> Iterator[Transitions]:
     """
     Go once over a rollout in padded sequences, the shortest first, in parts that bound the memory of a pass.

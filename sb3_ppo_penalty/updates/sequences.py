@@ -1,13 +1,14 @@
 """Ask a policy with a memory about transitions: it sees whole sequences, everybody else sees real steps only."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
 
 from sb3_ppo_penalty.objectives.divergence import ActionParameters, parameters_of
 from sb3_ppo_penalty.rollouts.rollout import Observations, Transitions
-from sb3_ppo_penalty.rollouts.sequences import real_steps, spread, whole_sequences
+from sb3_ppo_penalty.rollouts.sequences import real_steps, spread, whole_sequences, without_starts
 from sb3_ppo_penalty.updates.evaluation import Evaluation, Evaluator
 
 
@@ -30,8 +31,15 @@ def _(distribution: OfRealSteps) -> ActionParameters:  # type: ignore[misc]
     return padded._replace(per_state=tuple(each[distribution.real] for each in padded.per_state))
 
 
+@dataclass(frozen=True)
 class SequenceEvaluator(Evaluator):
-    """Asks a policy with a memory, which is shown padded sequences; its answers about padding are left out."""
+    """
+    Asks a policy with a memory, which is shown padded sequences; its answers about padding are left out.
+
+    :param only_emptied: whether all that the start of an episode does to the policy is to empty its memory
+    """
+
+    only_emptied: bool
 
     def ask(self, observations: Observations, actions: th.Tensor) -> Evaluation:
         """
@@ -54,4 +62,8 @@ class SequenceEvaluator(Evaluator):
 
         :param transitions: a rollout, or a minibatch of padded sequences
         """
-        return whole_sequences(transitions) if real_steps(transitions.observations) is None else iter([transitions])
+        if real_steps(transitions.observations) is not None:
+            return iter([transitions])
+        parts = whole_sequences(transitions)
+        # Where no episode begins sb3-contrib makes one call of torch, and elsewhere one for each step
+        return map(without_starts, parts) if self.only_emptied else parts

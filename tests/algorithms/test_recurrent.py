@@ -177,6 +177,22 @@ def test_divergence_is_that_of_a_loop_over_episodes(env, policy, chunk_rows, mon
     assert np.mean(divergences) > 1e-3
 
 
+class Unlike(RecurrentActorCriticPolicy):
+    """Makes of an episode's start whatever it likes."""
+
+    @staticmethod
+    def _process_sequence(features, lstm_states, episode_starts, lstm):
+        return RecurrentActorCriticPolicy._process_sequence(features, lstm_states, episode_starts, lstm)
+
+
+@pytest.mark.parametrize(("policy", "told"), [(MLP, False), (Unlike, True)])
+def test_only_a_policy_of_its_own_kind_is_told_where_episodes_begin(policy, told: bool) -> None:
+    model = RecurrentPPOPenalty(policy, made(Lengths), **SMALL).learn(64)
+    update = model._new_update()
+    parts = [part.observations["<episode_starts>"] for part in update.evaluator.parts(update.rollout)]
+    assert any(starts.any() for starts in parts) == told
+
+
 def test_old_distributions_of_a_minibatch_are_those_of_its_steps() -> None:
     model = RecurrentPPOPenalty(MLP, made("CartPole-v1"), **{**SMALL, "batch_size": 20, "learning_rate": 0.0})
     model.learn(64)

@@ -14,6 +14,7 @@ from sb3_ppo_penalty.rollouts.sequences import (
     real_steps,
     spread,
     whole_sequences,
+    without_starts,
 )
 
 
@@ -38,6 +39,16 @@ def test_steps_are_spread_over_padded_sequences() -> None:
     assert padded.actions.tolist() == list(range(6))
     assert real_steps(padded.observations) is padded.observations[REAL]
     assert spread(th.tensor([7, 8]), th.tensor([True, False, True])).tolist() == [7, 0, 8]
+
+
+def test_memory_is_empty_where_an_episode_begins() -> None:
+    steps = rollout([1, 0, 0, 0, 1, 0])
+    starts = th.tensor([0.0, 0, 0, 0, 1, 0])
+    begun = without_starts(pad(steps._replace(observations={**steps.observations, EPISODE_STARTS: starts}), [4, 2]))
+    assert begun.observations[EPISODE_STARTS].tolist() == [0] * 8
+    later = without_starts(pad(rollout([1, 0, 0, 0, 1, 0]), [4, 2]))
+    assert [later.observations[name].flatten().tolist() for name in STATES] == [[0, 4]] * 4
+    assert [begun.observations[name].flatten().tolist() for name in STATES] == [[0, 0]] * 4
 
 
 @pytest.mark.parametrize(
