@@ -256,7 +256,6 @@ class ProximalAlgorithm(LossAlgorithm):
         with acting(self.policy):
             self._distribution_source = self._find_source(some.observations, some.actions)
         evaluator, batch_size = self._evaluator(self._distribution_source), min(self.batch_size, rollout.size)
-        rollout.keep_freed_memory(batch_size)
         rollout, loss = evaluator.freeze(rollout), self._loss_settings()
 
         def stepper(settings: StepSettings) -> Stepper:

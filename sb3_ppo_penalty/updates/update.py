@@ -41,6 +41,10 @@ class Update:
     epochs: list[list[Step]] = field(default_factory=list)
     _drift: Drift | None = None
 
+    def __post_init__(self) -> None:
+        """Prepare for the minibatches."""
+        self.rollout.keep_freed_memory(self.batch_size)
+
     def minibatches(self, normalize: bool) -> Iterator[Transitions]:
         """
         Go once over the rollout.
