@@ -28,9 +28,14 @@ from sb3_ppo_penalty.compiled.trace import Graph, Program, map_tensors, trace
 
 #: Constants of a graph that have more entries are the policy's own tensors, which may change in place later
 MAX_LITERAL_SIZE = 8
-#: Do not optimise the wrapper code: compiling takes a third less time, running 3 % more. And believe the processor about its
-#: vector instructions: three programs would be compiled to try them, in half of the time that the first graph takes
-COMPILE_OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+#: What a machine that has never compiled spends most on is left out. Optimising the wrapper code: a third of the time, for 3 %
+#: of a step. Trying the processor's vector instructions with three programs, instead of believing it. And precompiled headers,
+#: 300 MB of them: four graphs later they would pay
+COMPILE_OPTIONS = {
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+    "cpp.vec_isa_ok": True,
+}
 #: Code that the other process runs
 SERVE = "import sys; sys.path[:] = {path!r}; from sb3_ppo_penalty.compiled.worker import serve; serve()"
 
