@@ -60,7 +60,8 @@ class PPOPenalty(ProximalAlgorithm):
     :param kl_max: in nats; default: the paper's ``1.5 * target_kl``
     :param kl_coef_factor: by how much the coefficient moves, with a ``kl_controller`` other than ``"adaptive"`` at most;
         default: the paper's 2
-    :param kl_coef_bounds: ``(lowest, highest)`` coefficient. Two equal numbers keep it fixed
+    :param kl_coef_bounds: ``(lowest, highest)`` coefficient. Two equal numbers keep it fixed. A lowest one of your own
+        is a floor, on which the divergence falls as the learning rate does, as it does under the clip
     :param kl_controller: how the coefficient follows the divergence: ``"adaptive"`` (default), ``"fixed"``,
         ``"proportional"``, ``"dual"``; a dict with that ``name`` and the controller's own parameters; or anything that takes a
         :class:`~.KLReading` and returns the next coefficient. See
@@ -325,12 +326,15 @@ class PPOPenalty(ProximalAlgorithm):
         """
         Warn once when the coefficient has stood at a bound for ten updates in a row and the rule would go on.
 
+        A lowest coefficient of the user's own is a floor to stand on, of which nobody has to be told.
+
         :param saturated: whether the last update left it there
         """
         lowest, highest = self.kl_coef_bounds
-        self._saturated_updates = self._saturated_updates + 1 if saturated and lowest < highest else 0
+        weak = self.kl_coef == highest
+        told = lowest < highest and (weak or lowest == DEFAULT_KL_COEF_BOUNDS[0])
+        self._saturated_updates = self._saturated_updates + 1 if saturated and told else 0
         if self._saturated_updates == SATURATION_PATIENCE:
-            weak = self.kl_coef == highest
             warnings.warn(
                 f"`kl_coef` has stood at its bound {self.kl_coef:g} for {SATURATION_PATIENCE} updates: the policy moves "
                 f"{'more' if weak else 'less'} than asked for all the same. Try a "

@@ -104,6 +104,17 @@ def test_bounds_and_saturation_hold_for_every_controller(controller) -> None:
     assert [str(warning.message)[:42] for warning in told] == ["`kl_coef` has stood at its bound 1.05 for "[:42]]
 
 
+def test_a_coefficient_at_the_lowest_default_is_told_of() -> None:
+    model = model_with(kl_coef=0.0011)
+    with pytest.warns(RuntimeWarning, match=r"`kl_coef` has stood at its bound 0.001 for 10 updates: the policy moves less"):
+        assert follow(model, *[1e-6] * 30)[-1] == 1e-3
+
+
+def test_a_floor_of_the_users_own_is_no_saturation() -> None:
+    model = model_with(kl_coef=2.0, kl_coef_bounds=(2.0, 1e3))  # warnings are errors here
+    assert follow(model, *[1e-6] * 30) == [2.0] * 30
+
+
 def test_a_fixed_coefficient_is_no_saturated_one() -> None:
     model = model_with(kl_controller="fixed", kl_coef=1e3)  # at its bound; warnings are errors here
     assert follow(model, *[1.0] * 30) == [1e3] * 30
