@@ -36,7 +36,7 @@ BASELINE = "clip"
 HEADERS = ("method", "seeds", "published", "return, mean ± std", "IQM [95 %]", "P(better than clip)", "without noise")
 HEADERS += ("KL", "coefficient", "std")
 #: The methods whose curves are drawn
-DRAWN = ("clip", "adaptive", "truncated", "sampled")
+DRAWN = ("clip", "adaptive", "sampled-floor")
 #: Nothing was tuned on these
 REPORTED = range(11, 16)
 #: KLip-PPO (https://arxiv.org/abs/2606.23932), mean and standard deviation over 5 seeds, last tenth of training
@@ -52,8 +52,9 @@ MEANINGS = {
     "clip-0.3": "the clip, 0.3",
     "clip-falling": "the clip, range falling to 0",
     "adaptive": "exact KL, paper's rule, target 0.02",
+    "sampled-floor": "sampled penalty, target 0.028, coefficient at least 2, no clip of any kind: `MUJOCO`",
     "truncated": "exact KL, target falling, ratios truncated at 1.3",
-    "sampled": "sampled penalty, target falling, no clip of any kind",
+    "sampled": "as sampled-floor, target falling, no floor",
     "adaptive-falling": "exact KL, paper's rule, target falling",
     "proportional-falling": "exact KL, proportional rule, target falling",
     "truncation-alone": "ratios truncated at 1.3, no penalty",
@@ -61,7 +62,6 @@ MEANINGS = {
     "truncated-constant": "as truncated, target 0.02 throughout",
     "truncated-to-zero": "as truncated, target falling to 0 with the learning rate",
     "truncated-floor": "as truncated, target 0.028 throughout, coefficient at least 0.7",
-    "sampled-floor": "as sampled, target 0.028 throughout, coefficient at least 2",
     "truncated-1.2": "as truncated, at 1.2",
     "truncated-1.5": "as truncated, at 1.5",
     "truncated-2": "as truncated, at 2",

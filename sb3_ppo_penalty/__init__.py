@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_ppo_penalty.algorithms.ppo_clip import PPOClip
 from sb3_ppo_penalty.algorithms.ppo_penalty import PPOPenalty
-from sb3_ppo_penalty.algorithms.presets import ARTICLE_RECIPE, PAPER, PENDULUM, ROBUST
+from sb3_ppo_penalty.algorithms.presets import ARTICLE_RECIPE, MUJOCO, PAPER, PENDULUM, ROBUST
 from sb3_ppo_penalty.objectives.divergence import register_divergence
 from sb3_ppo_penalty.objectives.kl_controllers import DualAscent, KLController, KLReading, Proportional
 from sb3_ppo_penalty.objectives.kl_penalty import KLPenalty
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARTICLE_RECIPE",
+    "MUJOCO",
     "PAPER",
     "PENDULUM",
     "ROBUST",

@@ -67,11 +67,25 @@ ROBUST: dict[str, Any] = {
     "kl_controller": "proportional",
     # modular_rl's and TF-Agents' largest step
     "kl_coef_factor": 1.5,
-    # What decides on Ant, and costs little elsewhere: no sample pulls on once it is twice as likely. A tighter 1.3 learns
-    # faster on Ant and HalfCheetah, and breaks LunarLander and CartPole at this target
+    # No sample pulls on once it is twice as likely. A tighter 1.3 breaks LunarLander and CartPole at this target
     "max_ratio": 2.0,
     # Heess et al. 2017: no epoch goes on beyond four times the target
     "guard": {"action": "rollback", "max_kl_factor": 4.0},
+}
+
+#: A penalty without any clip for the field's own protocol on MuJoCo, where the learning rate falls to 0:
+#: ``PPOPenalty(ActorCriticPolicy, env, **MUJOCO)``. From ``examples/field_protocol.py``; its figures stand in
+#: ``examples/results/field_protocol/summary.md``.
+MUJOCO: dict[str, Any] = {
+    # What the clip moves in an update while the learning rate is high
+    "target_kl": 0.028,
+    "kl_controller": "proportional",
+    "kl_coef_factor": 1.5,
+    # A floor: below it the last updates would go as far as the first ones, whatever the learning rate
+    "kl_coef": 2.0,
+    "kl_coef_bounds": (2.0, 1e3),
+    # Charged by the sample, so that no ratio runs away: it rests at 1 + 1 / kl_coef, that of a worse action at 1 - 1 / kl_coef
+    "kl_penalty": {"sampled": True, "advantage_weighted": True},
 }
 
 #: What learns Pendulum-v1 in a minute or two, of RL Zoo's entry, which says how it was tuned:

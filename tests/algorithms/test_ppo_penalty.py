@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from sb3_ppo_penalty import PAPER, ROBUST, Guard, KLPenalty, PPOClip, PPOPenalty, Proportional
+from sb3_ppo_penalty import MUJOCO, PAPER, ROBUST, Guard, KLPenalty, PPOClip, PPOPenalty, Proportional
 from sb3_ppo_penalty.algorithms.proximal import Drift, ProximalAlgorithm
 from sb3_ppo_penalty.objectives.divergence import kl_divergence, parameters_of
 
@@ -559,7 +559,7 @@ def test_the_robust_preset(env: str) -> None:
     assert model.logger.name_to_value["train/kl"] <= bound * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("preset", [PAPER, ROBUST], ids=["PAPER", "ROBUST"])
+@pytest.mark.parametrize("preset", [PAPER, ROBUST, MUJOCO], ids=["PAPER", "ROBUST", "MUJOCO"])
 def test_a_preset_can_be_printed_and_read_again(preset) -> None:
     before = copy.deepcopy(preset)
     PPOPenalty("MlpPolicy", "Pendulum-v1", **{**preset, **SMALL}).learn(64)
