@@ -13,16 +13,22 @@ from types import CodeType, FunctionType
 
 import pytest
 from excused import EXCUSED
-from sb3_contrib import TRPO
+from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_ppo_penalty import PPOClip
+from sb3_ppo_penalty import PPOClip, RecurrentPPOClip
 
 
 class TRPOWithFixedCovariance(TRPO):
     """sb3-contrib's TRPO, where the names of policies stand for this package's."""
 
     policy_aliases = PPOClip.policy_aliases
+
+
+class RecurrentPPOClipWithStockPolicies(RecurrentPPOClip):
+    """The recurrent clip, where the names of policies stand for sb3-contrib's: ``RecurrentPPO`` bit for bit."""
+
+    policy_aliases = RecurrentPPO.policy_aliases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
