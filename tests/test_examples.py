@@ -579,7 +579,7 @@ def test_field_protocol_gives_no_interval_below_three_seeds(report):
 
 
 def test_recurrent_study_trains_and_reports(tmp_path: Path) -> None:
-    words = ("--envs", "PassiveTMaze-v0", "--share", "0.1", "--out", str(tmp_path))
+    words = ("--envs", "PassiveTMaze-v0", "--share", "0.05", "--out", str(tmp_path))
     for seed in ("11", "12"):
         done = run("recurrent_study.py", "run", "--seeds", seed, *words, folder=tmp_path)
         assert done == "".join(f"PassiveTMaze-v0 {method} {seed}: done\n" for method in ("clip", "penalty"))
