@@ -289,8 +289,8 @@ class PPOPenalty(ProximalAlgorithm):
         wanted = self._wanted_kl_coef(reading)
         granted = clamp(wanted, self.kl_coef_bounds)
         change = (granted > reading.kl_coef) - (granted < reading.kl_coef)
-        self._watch_saturation(saturated=granted != wanted)
         self.kl_coef = self._granted_kl_coef = granted
+        self._watch_saturation(saturated=granted != wanted)
         # Half the rate takes a policy a quarter as far in KL, which half the coefficient makes good: the rule's one step
         if reading.kl >= low and self._last_learning_rate >= self._risen_learning_rate / 2:
             self._kl_coef_in_reach = granted
