@@ -87,16 +87,19 @@ class Transitions(NamedTuple):
         return len(self.actions)
 
     @property
+    def observed(self) -> list[th.Tensor]:
+        """The tensors of the observations, one per key of a dict."""
+        return [*self.observations.values()] if isinstance(self.observations, dict) else [self.observations]
+
+    @property
     def columns(self) -> list[th.Tensor]:
         """The tensors with a row for every transition."""
-        observations = self.observations.values() if isinstance(self.observations, dict) else (self.observations,)
-        return [*observations, *self[1:6], *(self.old.per_state if self.old else ())]
+        return [*self.observed, *self[1:6], *(self.old.per_state if self.old else ())]
 
     @property
     def row_bytes(self) -> int:
         """The size of one transition's observations as float32."""
-        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
-        return 4 * sum(tensor[0].numel() for tensor in tensors)
+        return 4 * sum(tensor[0].numel() for tensor in self.observed)
 
     @property
     def chunk_rows(self) -> int:
