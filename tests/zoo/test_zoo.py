@@ -532,6 +532,12 @@ def test_file_has_the_promised_entries_and_says_which_are_tuned(algo: str) -> No
 
 
 @pytest.mark.parametrize("algo", CLASSES)
+def test_mujoco_has_the_fields_protocol(algo: str) -> None:
+    of_the_field = yaml.safe_load((zoo.HYPERPARAMS / zoo.FIELD_PROTOCOL / f"{algo}.yml").read_text())
+    assert entries(algo)["Ant-v4"] == of_the_field["default"]
+
+
+@pytest.mark.parametrize("algo", CLASSES)
 def test_numbers_are_numbers_and_minibatches_whole(algo: str) -> None:
     words = {"policy", "policy_kwargs", "env_wrapper", "normalize", "kl_controller"}
     schedule = re.compile(r"lin_[0-9.]+")
