@@ -51,7 +51,7 @@ POLICY_KWARGS: dict[str, Any] = {
 
 PENALTY_RULE: dict[str, Any] = {"kl_controller": "proportional", "kl_coef_factor": 1.5}
 #: For a learning rate that falls to 0
-FIELD_PROTOCOL = METHODS["truncated"][1]
+FALLING = METHODS["truncated"][1]
 #: For one that does not: a coefficient that sank while little was learned would be missing when much is
 FLOOR = METHODS["truncated-floor"][1]
 
@@ -145,7 +145,7 @@ TASKS = {
             "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
             "clip_range": LinearSchedule(0.2, 0.0, 1.0),
         },
-        penalty=FIELD_PROTOCOL,
+        penalty=FALLING,
     ),
     # RL Zoo has no entry for it: RecurrentPPO's defaults but for four episodes to a rollout and `ent_coef`
     "PassiveTMaze-v0": Task(
