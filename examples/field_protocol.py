@@ -94,6 +94,8 @@ METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     "sampled-constant": (PPOPenalty, {**ADAPTIVE, "target_kl": 0.02, "kl_penalty": SAMPLED}),
     "sampled-unweighted": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"sampled": True}}),
     "sampled-fixed": (PPOPenalty, {"kl_controller": "fixed", "kl_coef": 5.0, "kl_penalty": SAMPLED}),
+    # The floor of "sampled-floor" and nothing above it
+    "sampled-fixed-2": (PPOPenalty, {"kl_controller": "fixed", "kl_coef": 2.0, "kl_penalty": SAMPLED}),
     "weighted": (PPOPenalty, {**ADAPTIVE, "kl_penalty": {"advantage_weighted": True}}),
 }
 TABLE = ("clip", "adaptive", "sampled-floor")

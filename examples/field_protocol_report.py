@@ -68,6 +68,7 @@ MEANINGS = {
     "sampled-constant": "as sampled, target 0.02 throughout",
     "sampled-unweighted": "as sampled, not weighted by the advantage",
     "sampled-fixed": "as sampled, coefficient 5 throughout (SPO)",
+    "sampled-fixed-2": "as sampled, coefficient 2 throughout",
     "weighted": "exact KL weighted by the advantage, target falling",
 }
 
