@@ -20,7 +20,7 @@ LARGE_MINIBATCH_BYTES = 2**20
 #: Just below 32 MiB, the largest block that glibc's thresholds follow
 KEPT_BYTES = 2**25 - 2**13
 #: However small the observations are: the networks' activations take memory too
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1024
 #: The methods with which SB3's buffers make minibatches
 SAMPLING = ("get", "_get_samples", "swap_and_flatten", "to_torch")
 #: Arrays of sb3-contrib's recurrent buffers: the states of actor's and critic's memory before each step

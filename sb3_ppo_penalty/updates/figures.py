@@ -12,17 +12,17 @@ from sb3_ppo_penalty.updates.step import Step
 from sb3_ppo_penalty.updates.update import Update
 
 
-def minibatch_mean(measure: Callable[[th.Tensor], th.Tensor], values: Sequence[th.Tensor]) -> float:
+def minibatch_mean(measure: Callable[[th.Tensor], th.Tensor], stacks: Sequence[th.Tensor]) -> float:
     """
     Average a minibatch's mean over minibatches, working it out for all minibatches of one size at once.
 
     :param measure: takes values of any shape and returns the mean of something, a scalar
-    :param values: of every minibatch, a scalar or of shape (batch,)
+    :param stacks: of some minibatches' values each, shape (n_minibatches,) or (n_minibatches, batch)
     :return: the mean, in which every minibatch counts the same, also a smaller one
     """
-    sizes = {value.shape for value in values}
-    groups = [[value for value in values if value.shape == size] for size in sizes]
-    return sum(len(group) * measure(th.stack(group)).item() for group in groups) / len(values)
+    sizes = {stack.shape[1:] for stack in stacks}
+    groups = [th.cat([stack for stack in stacks if stack.shape[1:] == size]) for size in sizes]
+    return sum(len(group) * measure(group).item() for group in groups) / sum(map(len, stacks))
 
 
 def update_figures(update: Update, values: np.ndarray, returns: np.ndarray, drift: Drift) -> dict[str, float]:
@@ -47,7 +47,7 @@ def update_figures(update: Update, values: np.ndarray, returns: np.ndarray, drif
         "value_loss": minibatch_mean(th.mean, [each.value for each in terms]),
         "approx_kl": minibatch_mean(k3_estimate, log_ratios[-len(update.epochs[-1]) :]),
         "clip_fraction": minibatch_mean(clip_fraction, log_ratios),
-        "loss": terms[-1].loss.item(),
+        "loss": terms[-1].loss[-1].item(),
         "explained_variance": float(explained_variance(values.flatten(), returns.flatten())),
     }
     figures = update.ranks.mean(figures, values.size)
@@ -63,7 +63,7 @@ def gradient_norms(steps: Sequence[Step], apart: bool) -> dict[str, float]:
     """
     Average the lengths of the gradients before they were clipped.
 
-    :param steps: of an update; the one that an early stop kept from being made has no gradient
+    :param steps: of an update, stacked; the one that an early stop kept from being made has no gradient
     :param apart: whether the actor's and the critic's gradients were clipped apart
     :return: mean lengths by name
     """

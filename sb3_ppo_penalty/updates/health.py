@@ -35,7 +35,7 @@ def undone_if_not_finite(model: OnPolicyAlgorithm, update: Update, evaluate: Eva
         failure = error
     figures = [figure for step in update.steps for figure in (step.terms.loss, *step.grad_norms)]
     weights = th.nn.utils.get_total_norm(policy.parameters())
-    finite = update.ranks.agree(bool(th.isfinite(th.stack([*figures, weights])).all()), failure)
+    finite = update.ranks.agree(bool(th.isfinite(th.cat([*figures, weights.reshape(1)])).all()), failure)
     if finite and failure is None:
         return
     policy.load_state_dict(before[0])

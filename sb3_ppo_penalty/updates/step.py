@@ -1,6 +1,7 @@
 """One step of the optimizer on one minibatch, operation by operation; ``compiled`` has the same step as one graph."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch as th
@@ -97,6 +98,26 @@ class Step(NamedTuple):
     terms: Terms
     grad_norms: tuple[th.Tensor, ...]
     stopped: bool
+
+
+def stacked(steps: Sequence[Step]) -> list[Step]:
+    """
+    Put the records of steps together, where as many small tensors would take more memory than the networks.
+
+    :param steps: in their order
+    :return: a record for each run of steps whose minibatches have one size; its tensors have the steps as first axis
+    """
+
+    def shapes(step: Step) -> tuple[th.Size, ...]:
+        return tuple(tensor.shape for tensor in (*step.terms, *step.grad_norms))
+
+    runs = [list(run) for _, run in itertools.groupby(steps, shapes)]
+    columns = [[th.stack(column) for column in zip(*((*s.terms, *s.grad_norms) for s in run), strict=True)] for run in runs]
+    count = len(Terms._fields)
+    return [
+        Step(Terms(*tensors[:count]), tuple(tensors[count:]), run[-1].stopped)
+        for tensors, run in zip(columns, runs, strict=True)
+    ]
 
 
 #: Evaluates the loss of a minibatch

@@ -9,7 +9,7 @@ from sb3_ppo_penalty.objectives.drift import Drift
 from sb3_ppo_penalty.rollouts.rollout import Transitions
 from sb3_ppo_penalty.updates.evaluation import Evaluator
 from sb3_ppo_penalty.updates.ranks import Ranks
-from sb3_ppo_penalty.updates.step import LossSettings, Step, Stepper, StepSettings
+from sb3_ppo_penalty.updates.step import LossSettings, Step, Stepper, StepSettings, stacked
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Update:
     :param evaluator: asks the policy about transitions
     :param ranks: the processes that train the policy, and do all of this alike
     :param stepper: makes the steps that settings ask for
-    :param epochs: the steps that were made, by epoch
+    :param epochs: the steps that were made, by epoch, see :func:`~sb3_ppo_penalty.updates.step.stacked`
     """
 
     policy: ActorCriticPolicy
@@ -64,16 +64,19 @@ class Update:
         :return: whether another epoch may follow
         """
         self._drift = None
-        self.epochs.append([])
-        for batch in self.minibatches(normalize):
-            self.epochs[-1].append(step(batch))
-            if self.epochs[-1][-1].stopped:
-                return False
-        return True
+        made: list[Step] = []
+        try:
+            for batch in self.minibatches(normalize):
+                made.append(step(batch))
+                if made[-1].stopped:
+                    return False
+            return True
+        finally:
+            self.epochs.append(stacked(made))
 
     @property
     def steps(self) -> list[Step]:
-        """The steps of all epochs."""
+        """The steps of all epochs, stacked."""
         return [step for epoch in self.epochs for step in epoch]
 
     def drift_of(self, transitions: Transitions) -> Drift:
