@@ -13,19 +13,25 @@ Measure how fast training is beside stock PPO: steps per second, collection and 
 Every contender trains the same networks with SB3's default hyperparameters. They take turns, one rollout with its update at
 a time in one process, or for images in one process each, which keeps their heaps apart. What is reported are medians of
 ratios within a turn: whatever else the machine is doing, it does to all of them. Compilation is what the first turn took
-longer than the later ones. SBX (`pip install sbx-rl`) takes part where it is installed; it has no GPU here either.
+longer than the later ones. SBX (`pip install sbx-rl`) takes part where it is installed; it has no GPU here either. So does
+CleanRL's single file in `--parts field`, if `--cleanrl` says how to start it.
 """
 
 import argparse
 import csv
 import importlib.util
+import math
 import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +204,31 @@ class TimedProcess:
         self.pipe.send(False)
 
 
+class TimedScript:
+    """
+    One of CleanRL's single files, which trains in a process of its own and prints its steps per second after every update.
+
+    :param command: starts the file, as ``/path/to/python /path/to/ppo_continuous_action.py``
+    :param env: id of the environment
+    :param steps: of a rollout, as the file has it
+    """
+
+    def __init__(self, command: str, env: str, steps: int = 2048) -> None:
+        self.words = [*shlex.split(command), "--env-id", env, "--total-timesteps", str(3 * steps), "--no-cuda"]
+        self.steps = steps
+        self.turns: list[tuple[float, float]] = []
+
+    def __call__(self) -> None:
+        """Let it train, and take its third rollout with its update, which it does not time apart."""
+        with tempfile.TemporaryDirectory() as folder:
+            said = subprocess.run(self.words, cwd=folder, capture_output=True, text=True, check=True).stdout
+        rates = [int(line.removeprefix("SPS: ")) for line in said.splitlines() if line.startswith("SPS: ")]
+        self.turns.append((3 * self.steps / rates[2] - 2 * self.steps / rates[1], math.nan))
+
+    def close(self) -> None:
+        """Do nothing: its process has ended."""
+
+
 def run_case(
     part: str,
     name: str,
@@ -206,6 +237,7 @@ def run_case(
     names: Sequence[str] = (),
     among: Contenders | None = None,
     timed: type[TimedTraining] | type[TimedProcess] = TimedTraining,
+    beside: Mapping[str, TimedScript] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """
@@ -219,6 +251,7 @@ def run_case(
     :param names: names of the contenders; default: all
     :param among: the contenders; default: those without a memory
     :param timed: what trains a contender
+    :param beside: what takes turns with them, by name
     :param options: ``n_envs`` and arguments of the algorithms
     :return: a row for each contender
     """
@@ -230,6 +263,7 @@ def run_case(
         for key, (algorithm, own) in known.items()
         if key in (names or envs)
     }
+    runs |= beside or {}
     for _ in range(repetitions + 1):
         for run in runs.values():
             run()
@@ -237,19 +271,20 @@ def run_case(
     stock = np.array(next(iter(runs.values())).turns[1:])
     for key, run in runs.items():
         turns = np.array(run.turns[1:])
-        collect, update = (stock / turns).T
-        median = np.median(turns, axis=0)
+        seconds = np.nansum(turns, axis=1)
+        # Nothing is said of either part where they are not timed apart
+        collect, update = (stock / turns + 0 * turns.sum(axis=1, keepdims=True)).T
         rows.append(
             {
                 "part": part,
                 "case": name,
                 "contender": key,
-                "steps_per_second": round(run.steps / float(median.sum())),
-                "ratio": round(statistics.median((stock.sum(axis=1) / turns.sum(axis=1)).tolist()), 2),
+                "steps_per_second": round(run.steps / statistics.median(seconds.tolist())),
+                "ratio": round(statistics.median((stock.sum(axis=1) / seconds).tolist()), 2),
                 "collect_ratio": round(statistics.median(collect.tolist()), 2),
                 "update_ratio": round(statistics.median(update.tolist()), 2),
                 # Acting is compiled in the first rollout, the step in the first update
-                "compilation_s": round(max(sum(run.turns[0]) - float(median.sum()), 0.0), 1),
+                "compilation_s": round(max(float(np.nansum(run.turns[0])) - statistics.median(seconds.tolist()), 0.0), 1),
             }
         )
         print(rows[-1], flush=True)
@@ -270,7 +305,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         seconds = f"{row['compilation_s']:.0f} s" if "compiled" in row["contender"] or "SBX" in row["contender"] else ""
-        ratios = " | ".join(f"{row[name]:.2f}" for name in ("ratio", "collect_ratio", "update_ratio"))
+        ratios = " | ".join(f"{row[name]:.2f}".replace("nan", "") for name in ("ratio", "collect_ratio", "update_ratio"))
         lines.append(f"| {row['case']} | {row['contender']} | {row['steps_per_second']:,} | {ratios} | {seconds} |")
     return "\n".join(lines)
 
@@ -356,11 +391,12 @@ def lean_environment(env: str, n_envs: int) -> VecEnv:
     return LeanVecNormalize(make_vec_env(env, n_envs, seed=0, vec_env_cls=LeanVecEnv))
 
 
-def field_part(repetitions: int) -> list[dict[str, Any]]:
+def field_part(repetitions: int, cleanrl: str = "") -> list[dict[str, Any]]:
     """
     Measure HalfCheetah-v5 by the protocol of the field: one environment, normalised, 2,048 steps, batches of 64, 10 epochs.
 
     :param repetitions: number of turns after the first
+    :param cleanrl: starts CleanRL's file, on HalfCheetah-v4: its gymnasium has no v5; "" to leave it out
     :return: a row for each contender
     """
     options: dict[str, Any] = {"n_envs": 1, "n_steps": 2048, "batch_size": 64, "n_epochs": 10, "clip_range_vf": 0.2}
@@ -380,7 +416,9 @@ def field_part(repetitions: int) -> list[dict[str, Any]]:
         else VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=0))
         for name in names
     }
-    return run_case("field", "HalfCheetah-v5, normalised, n_envs 1, batch 64", envs, repetitions, names, among, **options)
+    beside = {"CleanRL, HalfCheetah-v4": TimedScript(cleanrl, "HalfCheetah-v4")} if cleanrl else {}
+    name = "HalfCheetah-v5, normalised, n_envs 1, batch 64"
+    return run_case("field", name, envs, repetitions, names, among, beside=beside, **options)
 
 
 def batched_part(repetitions: int) -> list[dict[str, Any]]:
@@ -462,7 +500,7 @@ def memory_part(repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "main": main_part,
     "grid": grid_part,
     "scale": scale_part,
@@ -504,11 +542,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["main"], help="what to measure")
     parser.add_argument("--repetitions", type=int, default=7, help="turns of every contender after the first")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder for the tables")
+    parser.add_argument("--cleanrl", default="", help='"PYTHON FILE", which start CleanRL\'s ppo_continuous_action.py')
     chosen = parser.parse_args(arguments)
+    parts = {**PARTS, "field": partial(field_part, cleanrl=chosen.cleanrl)}
     th.set_num_threads(1)
     chosen.out.mkdir(parents=True, exist_ok=True)
     for part in chosen.parts:
-        rows = PARTS[part](chosen.repetitions)
+        rows = parts[part](chosen.repetitions)
         text = report(part, rows, chosen.repetitions)
         (chosen.out / f"{part}.md").write_text(text)
         with (chosen.out / f"{part}.csv").open("w", newline="") as file:
