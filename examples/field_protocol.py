@@ -8,9 +8,11 @@ Penalty against clip on the protocol that the field publishes: one environment, 
 The protocol is that of CleanRL's `ppo_continuous_action` and of KLip-PPO (https://arxiv.org/abs/2606.23932): observations
 normalised and clipped at 10, rewards divided by the deviation of the discounted return and clipped at 10; separate 64-64 tanh
 networks, a learned standard deviation that does not depend on the state; 2,048 steps, minibatches of 64, 10 epochs; discount
-0.99, lambda 0.95; Adam with eps 1e-5, 3e-4 falling linearly to 0; value clip 0.2; gradient norm 0.5; no entropy bonus. The
-methods differ in nothing but the policy's objective. Every run is one JSON file: settings, versions, learning curve, figures
-of its updates, and the returns of 20 episodes without noise.
+0.99, lambda 0.95; Adam with eps 1e-5, 3e-4 falling linearly to 0; value clip 0.2; gradient norm 0.5; no entropy bonus.
+CartPole-v1 and LunarLander-v3 are not normalised and have several environments, as in KLip-PPO's published settings
+(https://github.com/learning-mechanisms/KLip-PPO, configs/snapshots/presets). The methods differ in nothing but the policy's
+objective. Every run is one JSON file: settings, versions, learning curve, figures of its updates, and the returns of 20
+episodes without noise.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -36,7 +38,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_penalty import MUJOCO, PPOClip, PPOPenalty
 from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm
-from sb3_ppo_penalty.vec_envs import LeanVecNormalize
+from sb3_ppo_penalty.vec_envs import LeanVecEnv, LeanVecNormalize
 
 OUT = Path(__file__).parent / "results" / "field_protocol"
 #: 488 rollouts of 2,048 steps, as CleanRL counts a million
@@ -45,7 +47,7 @@ STEPS = 488 * 2048
 PARTS = 100
 EVAL_EPISODES = 20
 #: Fewer steps gain less from compilation than it costs
-COMPILED_FROM = 100_000
+COMPILED_FROM = 50_000
 #: What is kept of every update
 FIGURES = ("kl", "kl_coef", "std", "max_ratio", "effective_sample_size", "clip_fraction", "approx_kl", "explained_variance")
 PROTOCOL: dict[str, Any] = {
@@ -60,6 +62,30 @@ PROTOCOL: dict[str, Any] = {
     "vf_coef": 0.5,
     "max_grad_norm": 0.5,
 }
+
+
+class Task(NamedTuple):
+    """
+    What a task has of its own.
+
+    :param steps: of training, whole rollouts
+    :param n_envs: number of environments
+    :param normalised: whether observations and rewards are
+    :param own: in the place of the protocol's arguments
+    """
+
+    steps: int
+    n_envs: int
+    normalised: bool
+    own: dict[str, Any]
+
+
+MUJOCO_TASK = Task(STEPS, 1, True, {})
+TASKS = {
+    "CartPole-v1": Task(195 * 4 * 128, 4, False, {"n_steps": 128}),
+    "LunarLander-v3": Task(61 * 16 * 1024, 16, False, {"n_steps": 1024, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01}),
+}
+
 #: The target falls with the learning rate, as the divergence does that the clip leaves
 FALLING = LinearSchedule(0.034, 0.004, 1.0)
 ADAPTIVE: dict[str, Any] = {"kl_controller": "proportional", "kl_coef_factor": 1.5, "target_kl": FALLING}
@@ -157,29 +183,34 @@ def course_of(recorder: Recorder, steps: int) -> dict[str, Any]:
     }
 
 
-def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
+def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """
     Train one policy and evaluate it without noise.
 
     :param env_id: of a registered environment
     :param method: a key of :data:`METHODS`
     :param seed: of networks, actions and environment
-    :param steps: of training
+    :param steps: of training; default: the task's
     :return: all that is worth keeping, for JSON
     """
     th.set_num_threads(1)
     algorithm, own = METHODS[method]
+    task = TASKS.get(env_id, MUJOCO_TASK)
+    steps = steps or task.steps
+    settings = {**PROTOCOL, **task.own, **own}
     # `VecNormalize` over `DummyVecEnv` to the bit, in a quarter of the time
-    own_kwargs = {"gamma": PROTOCOL["gamma"]}
-    env: Any = make_vec_env(env_id, seed=seed, vec_env_cls=LeanVecNormalize, vec_env_kwargs=own_kwargs)
-    model: Any = algorithm(ActorCriticPolicy, env, **PROTOCOL, **own, seed=seed, compile=steps >= COMPILED_FROM, device="cpu")
+    lean: Any = (LeanVecNormalize, {"gamma": settings["gamma"]}) if task.normalised else (LeanVecEnv, {})
+    env: Any = make_vec_env(env_id, task.n_envs, seed, vec_env_cls=lean[0], vec_env_kwargs=lean[1])
+    model: Any = algorithm(ActorCriticPolicy, env, **settings, seed=seed, compile=steps >= COMPILED_FROM, device="cpu")
     model.set_logger(Logger(folder=None, output_formats=[]))
     recorder = Recorder()
     started = time.process_time()
     model.learn(steps, callback=recorder)
     seconds = time.process_time() - started
-    test_env = VecNormalize(make_vec_env(env_id, seed=10_000 + seed), training=False, norm_reward=False)
-    test_env.obs_rms = env.obs_rms
+    test_env = make_vec_env(env_id, seed=10_000 + seed)
+    if task.normalised:
+        test_env = VecNormalize(test_env, training=False, norm_reward=False)
+        test_env.obs_rms = env.obs_rms
     returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
     packages = ("stable-baselines3", "gymnasium", "mujoco", "numpy", "torch")
     return {
@@ -187,7 +218,7 @@ def perform(env_id: str, method: str, seed: int, steps: int) -> dict[str, Any]:
         "method": method,
         "seed": seed,
         "steps": steps,
-        "settings": {**PROTOCOL, **own},
+        "settings": settings,
         "versions": {name: version(name) for name in packages},
         "processor_seconds": round(seconds),
         "without_noise": [round(each, 2) for each in returns],
@@ -239,10 +270,9 @@ def run_all(chosen: argparse.Namespace) -> None:
             method,
             "--seeds",
             str(seed),
-            "--steps",
-            str(chosen.steps),
             "--out",
             str(chosen.out),
+            *(("--steps", str(chosen.steps)) if chosen.steps else ()),
         ]
         finished = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
         print(f"{env_id} {method} {seed}: {'done' if finished.returncode == 0 else finished.stderr[-2000:]}", flush=True)
@@ -258,7 +288,7 @@ def main() -> None:
     parser.add_argument("envs", nargs="+")
     parser.add_argument("--methods", nargs="+", default=TABLE, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="of training; default: the task's, a million for MuJoCo's")
     parser.add_argument("--n-jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     chosen = parser.parse_args()
