@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -64,6 +65,15 @@ PROTOCOL: dict[str, Any] = {
 }
 
 
+class NormalisedOverRollout(RolloutBuffer):
+    """Advantages are shifted and scaled once for the whole rollout, not minibatch by minibatch."""
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray[Any, Any]) -> None:
+        """Work out returns and advantages, and normalise the latter."""
+        super().compute_returns_and_advantage(last_values, dones)
+        self.advantages = (self.advantages - self.advantages.mean()) / (self.advantages.std() + 1e-8)
+
+
 class Task(NamedTuple):
     """
     What a task has of its own.
@@ -81,9 +91,11 @@ class Task(NamedTuple):
 
 
 MUJOCO_TASK = Task(STEPS, 1, True, {})
+OVER_ROLLOUT: dict[str, Any] = {"normalize_advantage": False, "rollout_buffer_class": NormalisedOverRollout}
+LANDER: dict[str, Any] = {"n_steps": 1024, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01}
 TASKS = {
-    "CartPole-v1": Task(195 * 4 * 128, 4, False, {"n_steps": 128}),
-    "LunarLander-v3": Task(61 * 16 * 1024, 16, False, {"n_steps": 1024, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01}),
+    "CartPole-v1": Task(195 * 4 * 128, 4, False, {"n_steps": 128, **OVER_ROLLOUT}),
+    "LunarLander-v3": Task(61 * 16 * 1024, 16, False, {**LANDER, **OVER_ROLLOUT}),
 }
 
 #: The target falls with the learning rate, as the divergence does that the clip leaves
@@ -95,6 +107,8 @@ METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     # Stock PPO, bit for bit but for the compiled step's rounding
     "clip": (PPOClip, {"clip_range": 0.2}),
     "clip-0.3": (PPOClip, {"clip_range": 0.3}),
+    # On CartPole and LunarLander: advantages as SB3 and CleanRL normalise them, which on MuJoCo's tasks they always are
+    "clip-minibatch": (PPOClip, {"clip_range": 0.2, "normalize_advantage": True, "rollout_buffer_class": None}),
     "clip-falling": (PPOClip, {"clip_range": LinearSchedule(0.2, 0.0, 1.0)}),
     # The paper's rule with KLip-PPO's constants
     "adaptive": (PPOPenalty, {"target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 2.0, "kl_coef_bounds": (1e-4, 1e4)}),

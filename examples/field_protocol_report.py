@@ -46,10 +46,15 @@ PUBLISHED = {
     "Humanoid-v4": {"clip": (660, 70), "adaptive": (553, 22)},
     "Walker2d-v4": {"clip": (3717, 425), "adaptive": (3639, 374)},
     "Hopper-v4": {"clip": (2598, 278), "adaptive": (2236, 365)},
+    "CartPole-v1": {"clip": (478, 18), "adaptive": (492, 9)},
+    "LunarLander-v3": {"clip": (107, 8), "adaptive": (125, 20)},
 }
+#: What methods come to over all of these is given too
+AGGREGATED = ("Ant-v4", "HalfCheetah-v4", "Humanoid-v4", "Walker2d-v4", "Hopper-v4")
 MEANINGS = {
     "clip": "the clip, 0.2 (stock PPO)",
     "clip-0.3": "the clip, 0.3",
+    "clip-minibatch": "the clip, 0.2, advantages normalised over the minibatch, as SB3 does",
     "clip-falling": "the clip, range falling to 0",
     "adaptive": "exact KL, paper's rule, target 0.02",
     "sampled-floor": "sampled penalty, target 0.028, coefficient at least 2, no clip of any kind: `MUJOCO`",
@@ -192,7 +197,7 @@ def overall_improvement(samples: Sequence[Sequence[np.ndarray[Any, Any]]]) -> fl
 
 def aggregate_table(rows: list[Row]) -> list[str]:
     """Write what methods come to over all tasks that they share with the baseline."""
-    complete = [row for row in rows if len(row.seeds) >= MIN_SEEDS and row.env in PUBLISHED]
+    complete = [row for row in rows if len(row.seeds) >= MIN_SEEDS and row.env in AGGREGATED]
     envs_of = {method: [row.env for row in complete if row.method == method] for method in MEANINGS}
     lines = [
         "| method | tasks | normalised IQM [95 %] | the clip's on the same tasks | P(better than clip) |",
@@ -256,13 +261,13 @@ def draw_profile(axis: Any, rows: list[Row]) -> None:
     :param rows: of all tasks; those that every drawn method has count
     """
     drawn = [method for method in DRAWN if any(row.method == method for row in rows)]
-    envs = [env for env in PUBLISHED if all(any((r.env, r.method) == (env, method) for r in rows) for method in drawn)]
+    envs = [env for env in AGGREGATED if all(any((r.env, r.method) == (env, method) for r in rows) for method in drawn)]
     grid = np.linspace(0, 2.5, 251)
     for method in drawn if envs else []:
         scores = np.concatenate(scores_of(rows, method, envs))
         axis.plot(grid, [(scores >= each).mean() for each in grid], color=f"C{DRAWN.index(method)}", linewidth=1.4)
     axis.set_title(
-        f"all runs on {', '.join(envs)}" if len(envs) < 3 else f"all runs on {len(envs)} tasks", loc="left", fontsize=10
+        f"all runs on {', '.join(envs)}" if len(envs) < 3 else f"all runs on {len(envs)} MuJoCo tasks", loc="left", fontsize=10
     )
     axis.set_xlabel("return / published clip's, at least")
     axis.set_ylabel("share of runs")
@@ -291,8 +296,10 @@ def draw_returns(runs: list[dict[str, Any]], rows: list[Row], path: Path) -> Non
     :param path: of the picture, without ending
     """
     envs = list(dict.fromkeys(row.env for row in rows))
-    lines = -(-(len(envs) + 1) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(11, 0.6 + 2.7 * lines), squeeze=False, layout="constrained")
+    columns = 3 if len(envs) < 6 else 4
+    lines = -(-(len(envs) + 1) // columns)
+    size = (3.5 * columns, 0.6 + 2.7 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, env in zip(axes.flat, envs, strict=False):
         draw_curves(axis, [run for run in runs if run["env"] == env], lambda run: run["curve"])
         axis.set_title(env, loc="left", fontsize=10)
@@ -319,6 +326,8 @@ def draw_updates(runs: list[dict[str, Any]], envs: Sequence[str], path: Path) ->
             draw_curves(axis, own, lambda run, name=name: run["updates"].get(name))
             axis.set_ylabel(label)
             axis.set_yscale("log")
+            if not axis.lines:
+                axis.set_axis_off()
         line[0].set_title(env, loc="left", fontsize=10)
     save(figure, axes[0][0].get_legend_handles_labels(), path)
 
