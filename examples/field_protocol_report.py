@@ -37,6 +37,12 @@ HEADERS = ("method", "seeds", "published", "return, mean ± std", "IQM [95 %]", 
 HEADERS += ("KL", "coefficient", "std")
 #: The methods whose curves are drawn
 DRAWN = ("clip", "adaptive", "sampled-floor")
+#: Methods of the front page's table, and what they are called there
+FRONT = {
+    "clip": "clip: stock PPO",
+    "sampled-floor": "penalty, no clip of any kind: `**MUJOCO`",
+    "adaptive": "the paper's adaptive rule",
+}
 #: Nothing was tuned on these
 REPORTED = range(11, 16)
 #: KLip-PPO (https://arxiv.org/abs/2606.23932), mean and standard deviation over 5 seeds, last tenth of training
@@ -151,6 +157,17 @@ def published(env: str, method: str) -> str:
     """Write what KLip-PPO has."""
     found = PUBLISHED.get(env, {}).get(method)
     return f"{found[0]:,} ± {found[1]:,}" if found else ""
+
+
+def front_table(rows: list[Row]) -> list[str]:
+    """Write the README's table: a line for each task that all of :data:`FRONT` have learned, what is published in brackets."""
+    lines = ["| | " + " | ".join(FRONT.values()) + " |", "|---" * (len(FRONT) + 1) + "|"]
+    for env in PUBLISHED:
+        own = {row.method: row.returns for row in rows if row.env == env and len(row.seeds) >= MIN_SEEDS}
+        if own.keys() >= FRONT.keys():
+            known = {method: f" ({published(env, method)})" if published(env, method) else "" for method in FRONT}
+            lines.append(f"| {env} | " + " | ".join(spread(own[method]) + known[method] for method in FRONT) + " |")
+    return lines
 
 
 def task_table(rows: list[Row]) -> list[str]:
@@ -355,6 +372,8 @@ def write(out: Path) -> None:
     reported = [run for run in runs if run["seed"] in REPORTED]
     rows, others = rows_of(reported), rows_of([run for run in runs if run["seed"] not in REPORTED])
     lines = ["Made by `python examples/field_protocol_report.py` from the files in `runs/`.", origin_of(runs), ""]
+    if len(front := front_table(rows)) > 2:
+        lines += [*front, "", "Mean ± standard deviation over seeds; in brackets what KLip-PPO has published.", ""]
     if len(overall := aggregate_table(rows)) > 2:
         lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *overall, ""]
     lines += tables_of(rows, "## {}")

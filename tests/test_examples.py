@@ -563,6 +563,31 @@ def test_field_protocol_is_aggregated_over_the_tasks_that_both_have(report):
     assert cells[4].split()[0] == f"{(7 / 9 + 4 / 9) / 2:.2f}"
 
 
+def test_field_protocol_front_page_has_the_figures_of_the_committed_runs(report):
+    rows = report.rows_of([run for run in report.read(report.OUT) if run["seed"] in report.REPORTED])
+    lines = report.front_table(rows)
+    assert {line.split(" | ")[0] for line in lines[2:]} >= {"| Ant-v4", "| HalfCheetah-v4"}
+    assert "\n".join(lines) in (EXAMPLES.parent / "README.md").read_text()
+    made = [made_up("Ant-v4", method, seed, 10.0 * seed) for method in report.FRONT for seed in (11, 12, 13)]
+    made += [made_up("Hopper-v4", "clip", seed, 1.0) for seed in (11, 12, 13)]
+    assert report.front_table(report.rows_of(made))[2:] == [
+        "| Ant-v4 | 120 ± 10 (2,193 ± 361) | 120 ± 10 | 120 ± 10 (159 ± 86) |"
+    ]
+
+
+def test_field_protocol_normalises_cartpoles_advantages_over_the_rollout():
+    protocol = script_module("field_protocol")
+    seen = {}
+    for method in ("clip", "clip-minibatch"):
+        run = protocol.perform("CartPole-v1", method, 11, 1024)
+        assert (run["steps"], run["settings"]["n_steps"], run["settings"]["clip_range_vf"]) == (1024, 128, 0.2)
+        seen[method] = run["settings"]["normalize_advantage"], run["settings"]["rollout_buffer_class"]
+    assert seen == {"clip": (False, protocol.NormalisedOverRollout), "clip-minibatch": (True, None)}
+    model = PPOClip("MlpPolicy", "CartPole-v1", n_steps=64, **protocol.OVER_ROLLOUT).learn(64)
+    advantages = model.rollout_buffer.advantages
+    assert (advantages.mean(), advantages.std()) == (pytest.approx(0, abs=1e-6), pytest.approx(1, abs=1e-5))
+
+
 def test_field_protocol_draws_nothing_before_the_first_episode_of_any_seed(report):
     runs = [{"curve": [None, 1.0, None]}, {"curve": [None, 3.0, 5.0]}]
     mean, band = report.curve_of(runs, lambda run: run["curve"])
