@@ -101,19 +101,24 @@ TASKS = {
 #: The target falls with the learning rate, as the divergence does that the clip leaves
 FALLING = LinearSchedule(0.034, 0.004, 1.0)
 ADAPTIVE: dict[str, Any] = {"kl_controller": "proportional", "kl_coef_factor": 1.5, "target_kl": FALLING}
+#: The paper's rule with KLip-PPO's constants
+PAPERS: dict[str, Any] = {"target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 2.0, "kl_coef_bounds": (1e-4, 1e4)}
+#: Advantages as SB3 and CleanRL normalise them, which on MuJoCo's tasks they always are
+MINIBATCH: dict[str, Any] = {"normalize_advantage": True, "rollout_buffer_class": None}
 SAMPLED: dict[str, Any] = {"sampled": True, "advantage_weighted": True}
 #: name -> class and what it is given beside the protocol
 METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     # Stock PPO, bit for bit but for the compiled step's rounding
     "clip": (PPOClip, {"clip_range": 0.2}),
     "clip-0.3": (PPOClip, {"clip_range": 0.3}),
-    # On CartPole and LunarLander: advantages as SB3 and CleanRL normalise them, which on MuJoCo's tasks they always are
-    "clip-minibatch": (PPOClip, {"clip_range": 0.2, "normalize_advantage": True, "rollout_buffer_class": None}),
     "clip-falling": (PPOClip, {"clip_range": LinearSchedule(0.2, 0.0, 1.0)}),
-    # The paper's rule with KLip-PPO's constants
-    "adaptive": (PPOPenalty, {"target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 2.0, "kl_coef_bounds": (1e-4, 1e4)}),
+    "adaptive": (PPOPenalty, PAPERS),
     # No clip and no truncation of any kind
     "sampled-floor": (PPOPenalty, MUJOCO),
+    # CartPole and LunarLander
+    "clip-minibatch": (PPOClip, {"clip_range": 0.2, **MINIBATCH}),
+    "adaptive-minibatch": (PPOPenalty, {**PAPERS, **MINIBATCH}),
+    "sampled-floor-minibatch": (PPOPenalty, {**MUJOCO, **MINIBATCH}),
     # What it is that works
     "truncated": (PPOPenalty, {**ADAPTIVE, "max_ratio": 1.3}),
     "sampled": (PPOPenalty, {**ADAPTIVE, "kl_penalty": SAMPLED}),

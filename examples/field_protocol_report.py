@@ -60,10 +60,12 @@ AGGREGATED = ("Ant-v4", "HalfCheetah-v4", "Humanoid-v4", "Walker2d-v4", "Hopper-
 MEANINGS = {
     "clip": "the clip, 0.2 (stock PPO)",
     "clip-0.3": "the clip, 0.3",
-    "clip-minibatch": "the clip, 0.2, advantages normalised over the minibatch, as SB3 does",
     "clip-falling": "the clip, range falling to 0",
     "adaptive": "exact KL, paper's rule, target 0.02",
     "sampled-floor": "sampled penalty, target 0.028, coefficient at least 2, no clip of any kind: `MUJOCO`",
+    "clip-minibatch": "the clip, 0.2, advantages normalised over the minibatch, as SB3 does",
+    "adaptive-minibatch": "as adaptive, advantages normalised over the minibatch",
+    "sampled-floor-minibatch": "as sampled-floor, advantages normalised over the minibatch",
     "truncated": "exact KL, target falling, ratios truncated at 1.3",
     "sampled": "as sampled-floor, target falling, no floor",
     "adaptive-falling": "exact KL, paper's rule, target falling",
