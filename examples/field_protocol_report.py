@@ -167,8 +167,8 @@ def front_table(rows: list[Row]) -> list[str]:
     for env in PUBLISHED:
         own = {row.method: row.returns for row in rows if row.env == env and len(row.seeds) >= MIN_SEEDS}
         if own.keys() >= FRONT.keys():
-            known = {method: f" ({published(env, method)})" if published(env, method) else "" for method in FRONT}
-            lines.append(f"| {env} | " + " | ".join(spread(own[method]) + known[method] for method in FRONT) + " |")
+            cells = [f"{spread(own[m])} ({known})" if (known := published(env, m)) else spread(own[m]) for m in FRONT]
+            lines.append(f"| {env} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -111,13 +111,17 @@ def stacked(steps: Sequence[Step]) -> list[Step]:
     def shapes(step: Step) -> tuple[th.Size, ...]:
         return tuple(tensor.shape for tensor in (*step.terms, *step.grad_norms))
 
-    runs = [list(run) for _, run in itertools.groupby(steps, shapes)]
-    columns = [[th.stack(column) for column in zip(*((*s.terms, *s.grad_norms) for s in run), strict=True)] for run in runs]
-    count = len(Terms._fields)
-    return [
-        Step(Terms(*tensors[:count]), tuple(tensors[count:]), run[-1].stopped)
-        for tensors, run in zip(columns, runs, strict=True)
-    ]
+    stacks = []
+    for _, run in itertools.groupby(steps, shapes):
+        terms, grad_norms, stopped = zip(*run, strict=True)
+        stacks.append(
+            Step(
+                Terms(*map(th.stack, zip(*terms, strict=True))),
+                tuple(map(th.stack, zip(*grad_norms, strict=True))),
+                stopped[-1],
+            )
+        )
+    return stacks
 
 
 #: Evaluates the loss of a minibatch
