@@ -10,9 +10,9 @@ normalised and clipped at 10, rewards divided by the deviation of the discounted
 networks, a learned standard deviation that does not depend on the state; 2,048 steps, minibatches of 64, 10 epochs; discount
 0.99, lambda 0.95; Adam with eps 1e-5, 3e-4 falling linearly to 0; value clip 0.2; gradient norm 0.5; no entropy bonus.
 CartPole-v1 and LunarLander-v3 are not normalised and have several environments, as in KLip-PPO's published settings
-(https://github.com/learning-mechanisms/KLip-PPO, configs/snapshots/presets). The methods differ in nothing but the policy's
-objective. Every run is one JSON file: settings, versions, learning curve, figures of its updates, and the returns of 20
-episodes without noise.
+(https://github.com/learning-mechanisms/KLip-PPO, configs/snapshots/presets). Atari's games have the PPO paper's settings as RL
+Zoo has them, over 100,000 steps instead of ten million. The methods differ in nothing but the policy's objective. Every run is
+one JSON file: settings, versions, learning curve, figures of its updates, and the returns of 20 episodes without noise.
 """
 
 import argparse
@@ -30,12 +30,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_penalty import MUJOCO, PPOClip, PPOPenalty
 from sb3_ppo_penalty.algorithms.proximal import ProximalAlgorithm
@@ -58,6 +58,7 @@ PROTOCOL: dict[str, Any] = {
     "n_epochs": 10,
     "gamma": 0.99,
     "gae_lambda": 0.95,
+    "clip_range": 0.2,
     "clip_range_vf": 0.2,
     "ent_coef": 0.0,
     "vf_coef": 0.5,
@@ -82,20 +83,32 @@ class Task(NamedTuple):
     :param n_envs: number of environments
     :param normalised: whether observations and rewards are
     :param own: in the place of the protocol's arguments
+    :param images: whether observations are Atari's, four frames of 84 x 84
     """
 
     steps: int
     n_envs: int
     normalised: bool
     own: dict[str, Any]
+    images: bool = False
 
 
 MUJOCO_TASK = Task(STEPS, 1, True, {})
 OVER_ROLLOUT: dict[str, Any] = {"normalize_advantage": False, "rollout_buffer_class": NormalisedOverRollout}
 LANDER: dict[str, Any] = {"n_steps": 1024, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01}
+ATARI: dict[str, Any] = {
+    "learning_rate": LinearSchedule(2.5e-4, 0.0, 1.0),
+    "n_steps": 128,
+    "batch_size": 256,
+    "n_epochs": 4,
+    "clip_range": LinearSchedule(0.1, 0.0, 1.0),
+    "clip_range_vf": None,
+    "ent_coef": 0.01,
+}
 TASKS = {
     "CartPole-v1": Task(195 * 4 * 128, 4, False, {"n_steps": 128, **OVER_ROLLOUT}),
     "LunarLander-v3": Task(61 * 16 * 1024, 16, False, {**LANDER, **OVER_ROLLOUT}),
+    "BreakoutNoFrameskip-v4": Task(98 * 8 * 128, 8, False, ATARI, images=True),
 }
 
 #: The target falls with the learning rate, as the divergence does that the clip leaves
@@ -106,17 +119,17 @@ PAPERS: dict[str, Any] = {"target_kl": 0.02, "kl_coef": 1.0, "kl_coef_factor": 2
 #: Advantages as SB3 and CleanRL normalise them, which on MuJoCo's tasks they always are
 MINIBATCH: dict[str, Any] = {"normalize_advantage": True, "rollout_buffer_class": None}
 SAMPLED: dict[str, Any] = {"sampled": True, "advantage_weighted": True}
-#: name -> class and what it is given beside the protocol
+#: name -> class and what it is given beside the protocol; the penalties have no clip
 METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
     # Stock PPO, bit for bit but for the compiled step's rounding
-    "clip": (PPOClip, {"clip_range": 0.2}),
+    "clip": (PPOClip, {}),
     "clip-0.3": (PPOClip, {"clip_range": 0.3}),
     "clip-falling": (PPOClip, {"clip_range": LinearSchedule(0.2, 0.0, 1.0)}),
     "adaptive": (PPOPenalty, PAPERS),
     # No clip and no truncation of any kind
     "sampled-floor": (PPOPenalty, MUJOCO),
     # CartPole and LunarLander
-    "clip-minibatch": (PPOClip, {"clip_range": 0.2, **MINIBATCH}),
+    "clip-minibatch": (PPOClip, MINIBATCH),
     "adaptive-minibatch": (PPOPenalty, {**PAPERS, **MINIBATCH}),
     "sampled-floor-minibatch": (PPOPenalty, {**MUJOCO, **MINIBATCH}),
     # What it is that works
@@ -202,9 +215,34 @@ def course_of(recorder: Recorder, steps: int) -> dict[str, Any]:
     }
 
 
+def atari_env(env_id: str, n_envs: int, seed: int) -> VecEnv:
+    """Make environments of one of Atari's games, as DeepMind preprocesses it; importing `ale_py` registers them."""
+    return VecFrameStack(make_atari_env(f"ale_py:{env_id}", n_envs, seed), 4)
+
+
+def training_env(env_id: str, task: Task, seed: int, gamma: float) -> VecEnv:
+    """Make the environments that a policy is trained in."""
+    if task.images:
+        return atari_env(env_id, task.n_envs, seed)
+    # `VecNormalize` over `DummyVecEnv` to the bit, in a quarter of the time
+    lean: Any = (LeanVecNormalize, {"gamma": gamma}) if task.normalised else (LeanVecEnv, {})
+    return make_vec_env(env_id, task.n_envs, seed, vec_env_cls=lean[0], vec_env_kwargs=lean[1])
+
+
+def returns_without_noise(model: ProximalAlgorithm, env_id: str, task: Task, seed: int) -> list[float]:
+    """Let the trained policy play, each action its most likely one."""
+    env: Any = atari_env(env_id, 1, seed) if task.images else make_vec_env(env_id, seed=seed)
+    if task.normalised:
+        trained: Any = model.env
+        env = VecNormalize(env, training=False, norm_reward=False)
+        env.obs_rms = trained.obs_rms
+    returns: Any = evaluate_policy(model, env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)[0]
+    return [round(each, 2) for each in returns]
+
+
 def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """
-    Train one policy and evaluate it without noise.
+    Train one policy and evaluate it.
 
     :param env_id: of a registered environment
     :param method: a key of :data:`METHODS`
@@ -216,22 +254,18 @@ def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> di
     algorithm, own = METHODS[method]
     task = TASKS.get(env_id, MUJOCO_TASK)
     steps = steps or task.steps
-    settings = {**PROTOCOL, **task.own, **own}
-    # `VecNormalize` over `DummyVecEnv` to the bit, in a quarter of the time
-    lean: Any = (LeanVecNormalize, {"gamma": settings["gamma"]}) if task.normalised else (LeanVecEnv, {})
-    env: Any = make_vec_env(env_id, task.n_envs, seed, vec_env_cls=lean[0], vec_env_kwargs=lean[1])
-    model: Any = algorithm(ActorCriticPolicy, env, **settings, seed=seed, compile=steps >= COMPILED_FROM, device="cpu")
+    unclipped = {"clip_range": None} if algorithm is PPOPenalty else {}
+    settings = {**PROTOCOL, **task.own, **unclipped, **own}
+    policy = ActorCriticCnnPolicy if task.images else ActorCriticPolicy
+    env = training_env(env_id, task, seed, settings["gamma"])
+    compiled = steps >= COMPILED_FROM and not task.images
+    model = algorithm(policy, env, **settings, seed=seed, compile=compiled, device="cpu")
     model.set_logger(Logger(folder=None, output_formats=[]))
     recorder = Recorder()
     started = time.process_time()
     model.learn(steps, callback=recorder)
     seconds = time.process_time() - started
-    test_env = make_vec_env(env_id, seed=10_000 + seed)
-    if task.normalised:
-        test_env = VecNormalize(test_env, training=False, norm_reward=False)
-        test_env.obs_rms = env.obs_rms
-    returns, _ = evaluate_policy(model, test_env, EVAL_EPISODES, deterministic=True, return_episode_rewards=True)
-    packages = ("stable-baselines3", "gymnasium", "mujoco", "numpy", "torch")
+    packages = ("stable-baselines3", "gymnasium", *(("ale-py",) if task.images else ("mujoco",)), "numpy", "torch")
     return {
         "env": env_id,
         "method": method,
@@ -240,7 +274,7 @@ def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> di
         "settings": settings,
         "versions": {name: version(name) for name in packages},
         "processor_seconds": round(seconds),
-        "without_noise": [round(each, 2) for each in returns],
+        "without_noise": returns_without_noise(model, env_id, task, 10_000 + seed),
         **course_of(recorder, steps),
     }
 

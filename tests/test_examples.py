@@ -588,6 +588,20 @@ def test_field_protocol_normalises_cartpoles_advantages_over_the_rollout():
     assert (advantages.mean(), advantages.std()) == (pytest.approx(0, abs=1e-6), pytest.approx(1, abs=1e-5))
 
 
+@pytest.mark.slow
+def test_field_protocol_plays_atari_with_the_clip_as_published_and_the_penalty_without(monkeypatch):
+    protocol = script_module("field_protocol")
+    monkeypatch.setattr(protocol, "EVAL_EPISODES", 1)
+    for method in ("clip", "sampled-floor"):
+        run = protocol.perform("BreakoutNoFrameskip-v4", method, 11, 4096)
+        clip_range = run["settings"]["clip_range"]
+        assert (clip_range and clip_range(0.5)) == (0.05 if method == "clip" else None)
+        assert (run["settings"]["batch_size"], len(run["without_noise"])) == (256, 1)
+        assert len([kl for kl in run["updates"]["kl"] if kl is not None]) == 4
+        # Whole games of five lives, with points as the game counts them
+        assert 0 < run["last_tenth"] < 20
+
+
 def test_field_protocol_draws_nothing_before_the_first_episode_of_any_seed(report):
     runs = [{"curve": [None, 1.0, None]}, {"curve": [None, 3.0, 5.0]}]
     mean, band = report.curve_of(runs, lambda run: run["curve"])
