@@ -34,7 +34,8 @@ from sb3_ppo_penalty.study.statistics import (
 OUT = Path(__file__).parent / "results" / "field_protocol"
 BASELINE = "clip"
 HEADERS = ("method", "seeds", "published", "return, mean ± std", "IQM [95 %]", "P(better than clip)", "without noise")
-HEADERS += ("KL", "coefficient", "std")
+FINAL = {"kl": "KL", "kl_coef": "coefficient", "std": "std", "max_ratio": "largest ratio"}
+HEADERS += tuple(FINAL.values())
 #: The methods whose curves are drawn
 DRAWN = ("clip", "adaptive", "sampled-floor")
 #: Methods of the front page's table, and what they are called there
@@ -172,15 +173,37 @@ def front_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def final_figures(row: Row) -> list[str]:
+    """Write what the updates of the last tenth of training came to."""
+    return [f"{row.final[name]:.2g}" if name in row.final else NO_VALUE for name in FINAL]
+
+
 def task_table(rows: list[Row]) -> list[str]:
     """Write the table of one task in Markdown."""
     baseline = next((row.returns for row in rows if row.method == BASELINE), np.array([]))
     lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
     for row in rows:
-        final = [f"{row.final[name]:.2g}" if name in row.final else NO_VALUE for name in ("kl", "kl_coef", "std")]
         beats = NO_VALUE if row.method == BASELINE else improvement(row.returns, baseline)
         cells = [f"`{row.method}`", f"{len(row.seeds)}", published(row.env, row.method)]
-        cells += [spread(row.returns), interquartile(row.returns), beats, spread(row.without_noise), *final]
+        cells += [spread(row.returns), interquartile(row.returns), beats, spread(row.without_noise), *final_figures(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def by_return(rows: list[Row]) -> list[Row]:
+    """Sort methods, the best first."""
+    return sorted(rows, key=lambda row: -row.returns.mean())
+
+
+def ablation_table(rows: list[Row]) -> list[str]:
+    """Write the table of one task on the seeds for choosing in Markdown: every run, the best method first."""
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    headers = ("method", "what it is", *(f"seed {seed}" for seed in seeds), "without noise", *FINAL.values())
+    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    for row in by_return(rows):
+        found = dict(zip(row.seeds, row.returns, strict=True))
+        each = [f"{found[seed]:,.0f}" if seed in found else NO_VALUE for seed in seeds]
+        cells = [f"`{row.method}`", MEANINGS[row.method], *each, f"{row.without_noise.mean():,.0f}", *final_figures(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -292,15 +315,19 @@ def draw_profile(axis: Any, rows: list[Row]) -> None:
     axis.set_ylabel("share of runs")
 
 
-def save(figure: Any, handles: tuple[list[Any], list[str]], path: Path) -> None:
+def legend_above(figure: Any, axis: Any) -> None:
+    """Put the legend of one panel above all of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+
+
+def save(figure: Any, path: Path) -> None:
     """
-    Put a legend above all panels and write the picture as PNG and PDF.
+    Write a picture as PNG and PDF.
 
     :param figure: of matplotlib
-    :param handles: lines and labels of the legend
     :param path: of the picture, without ending
     """
-    figure.legend(*handles, loc="outside upper center", ncols=len(handles[1]), frameon=False)
     for ending in ("png", "pdf"):
         figure.savefig(path.with_suffix(f".{ending}"), dpi=110)
     plt.close(figure)
@@ -326,7 +353,8 @@ def draw_returns(runs: list[dict[str, Any]], rows: list[Row], path: Path) -> Non
     draw_profile(axes.flat[len(envs)], rows)
     for axis in axes.flat[len(envs) + 1 :]:
         axis.set_axis_off()
-    save(figure, axes[0][0].get_legend_handles_labels(), path)
+    legend_above(figure, axes[0][0])
+    save(figure, path)
 
 
 def draw_updates(runs: list[dict[str, Any]], envs: Sequence[str], path: Path) -> None:
@@ -348,16 +376,39 @@ def draw_updates(runs: list[dict[str, Any]], envs: Sequence[str], path: Path) ->
             if not axis.lines:
                 axis.set_axis_off()
         line[0].set_title(env, loc="left", fontsize=10)
-    save(figure, axes[0][0].get_legend_handles_labels(), path)
+    legend_above(figure, axes[0][0])
+    save(figure, path)
 
 
-def tables_of(rows: list[Row], heading: str) -> list[str]:
+def draw_ablation(rows: list[Row], path: Path) -> None:
+    """
+    Draw every run on the seeds for choosing, a line for each method, the best on top.
+
+    :param rows: of these seeds
+    :param path: of the picture, without ending
+    """
+    envs = list(dict.fromkeys(row.env for row in rows))
+    most = max(sum(row.env == env for row in rows) for env in envs)
+    size = (5.5 * len(envs), 0.9 + 0.24 * most)
+    figure, axes = plt.subplots(1, len(envs), figsize=size, squeeze=False, layout="constrained")
+    for axis, env in zip(axes.flat, envs, strict=True):
+        own = by_return([row for row in rows if row.env == env])[::-1]
+        for height, row in enumerate(own):
+            axis.plot(row.returns, [height] * len(row.returns), "o", color="C0" if row.method in DRAWN else "C7", markersize=4)
+        axis.set_yticks(range(len(own)), [row.method for row in own], fontsize=8)
+        axis.set_title(env, loc="left", fontsize=10)
+        axis.set_xlabel("return, last tenth of training")
+        axis.set_xlim(left=0)
+    save(figure, path)
+
+
+def tables_of(rows: list[Row], heading: str, table: Callable[[list[Row]], list[str]]) -> list[str]:
     """Write a table for each task, under its heading."""
     lines = []
     for env in dict.fromkeys(row.env for row in rows):
         own = [row for row in rows if row.env == env]
         seeds = sorted({seed for row in own for seed in row.seeds})
-        lines += [heading.format(env), "", f"Seeds {', '.join(map(str, seeds))}.", "", *task_table(own), ""]
+        lines += [heading.format(env), "", f"Seeds {', '.join(map(str, seeds))}.", "", *table(own), ""]
     return lines
 
 
@@ -378,8 +429,8 @@ def write(out: Path) -> None:
         lines += [*front, "", "Mean ± standard deviation over seeds; in brackets what KLip-PPO has published.", ""]
     if len(overall := aggregate_table(rows)) > 2:
         lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *overall, ""]
-    lines += tables_of(rows, "## {}")
-    lines += tables_of(others, "## {}, seeds for choosing")
+    lines += tables_of(rows, "## {}", task_table)
+    lines += tables_of(others, "## {}, seeds for choosing", ablation_table)
     lines += ["## The methods", "", *(f"- `{m}`: {MEANINGS[m]}" for m in MEANINGS if any(run["method"] == m for run in runs))]
     (out / "summary.md").write_text("\n".join(lines).rstrip("\n") + "\n")
     with (out / "summary.csv").open("w", newline="") as file:
@@ -389,10 +440,12 @@ def write(out: Path) -> None:
             table.writerows(
                 [row.env, row.method, *each] for each in zip(row.seeds, row.returns, row.without_noise, strict=True)
             )
-    if rows:
-        with plt.style.context("sb3_ppo_penalty.study.pictures"):
+    with plt.style.context("sb3_ppo_penalty.study.pictures"):
+        if rows:
             draw_returns(reported, rows, out / "returns")
             draw_updates(reported, list(dict.fromkeys(row.env for row in rows)), out / "updates")
+        if others:
+            draw_ablation(others, out / "ablation")
 
 
 if __name__ == "__main__":

@@ -531,9 +531,9 @@ def test_field_protocol_trains_and_reports(tmp_path):
     run("field_protocol_report.py", "--out", str(tmp_path), folder=tmp_path)
     reported, chosen_on = (tmp_path / "summary.md").read_text().split("## Pendulum-v1, seeds for choosing")
     assert f"| `clip` | 1 |  | {clip['last_tenth']:,.0f} |" in reported
-    assert "| `clip` | 1 |  | -7 |" in chosen_on
+    assert "| `clip` | the clip, 0.2 (stock PPO) | -7 |" in chosen_on
     assert len(rows_of(tmp_path / "summary.csv")) == 3
-    assert {f"{name}.{ending}" for name in ("returns", "updates") for ending in ("png", "pdf")} <= {
+    assert {f"{name}.{ending}" for name in ("returns", "updates", "ablation") for ending in ("png", "pdf")} <= {
         path.name for path in tmp_path.iterdir()
     }
 
@@ -544,7 +544,7 @@ def report():
 
 
 def made_up(env: str, method: str, seed: int, returned: float) -> dict[str, object]:
-    updates = {"kl": [0.01] * 100, "std": [0.5] * 100}
+    updates = {"kl": [0.01] * 100, "std": [0.5] * 100, "max_ratio": [1.5] * 100}
     run = {"env": env, "method": method, "seed": seed, "steps": 1000, "last_tenth": returned, "without_noise": [returned]}
     return {**run, "curve": [returned] * 100, "updates": updates}
 
@@ -615,6 +615,18 @@ def test_field_protocol_gives_no_interval_below_three_seeds(report):
     assert len(report.aggregate_table(rows)) == 2
     assert report.task_table(rows)[3].count(NO_VALUE) == 3
     assert "±" not in report.task_table(rows)[3]
+
+
+def test_field_protocol_shows_every_run_on_the_seeds_for_choosing_the_best_method_first(report):
+    runs = [made_up("Ant-v4", "clip", seed, 100.0 * seed) for seed in (1, 2)]
+    runs += [made_up("Ant-v4", "sampled", 2, 2000.0), made_up("Ant-v4", "weighted", 1, -3.0)]
+    assert report.ablation_table(report.rows_of(runs)) == [
+        "| method | what it is | seed 1 | seed 2 | without noise | KL | coefficient | std | largest ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| `sampled` | {report.MEANINGS['sampled']} | {NO_VALUE} | 2,000 | 2,000 | 0.01 | {NO_VALUE} | 0.5 | 1.5 |",
+        f"| `clip` | {report.MEANINGS['clip']} | 100 | 200 | 150 | 0.01 | {NO_VALUE} | 0.5 | 1.5 |",
+        f"| `weighted` | {report.MEANINGS['weighted']} | -3 | {NO_VALUE} | -3 | 0.01 | {NO_VALUE} | 0.5 | 1.5 |",
+    ]
 
 
 def test_recurrent_study_trains_and_reports(tmp_path: Path) -> None:
