@@ -342,7 +342,7 @@ def draw_returns(runs: list[dict[str, Any]], rows: list[Row], path: Path) -> Non
     :param path: of the picture, without ending
     """
     envs = list(dict.fromkeys(row.env for row in rows))
-    columns = 3 if len(envs) < 6 else 4
+    columns = 4 if len(envs) in (6, 7) else 3
     lines = -(-(len(envs) + 1) // columns)
     size = (3.5 * columns, 0.6 + 2.7 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
@@ -394,7 +394,8 @@ def draw_ablation(rows: list[Row], path: Path) -> None:
     for axis, env in zip(axes.flat, envs, strict=True):
         own = by_return([row for row in rows if row.env == env])[::-1]
         for height, row in enumerate(own):
-            axis.plot(row.returns, [height] * len(row.returns), "o", color="C0" if row.method in DRAWN else "C7", markersize=4)
+            color = f"C{DRAWN.index(row.method)}" if row.method in DRAWN else "0.5"
+            axis.plot(row.returns, [height] * len(row.returns), "o", color=color, markersize=4)
         axis.set_yticks(range(len(own)), [row.method for row in own], fontsize=8)
         axis.set_title(env, loc="left", fontsize=10)
         axis.set_xlabel("return, last tenth of training")
