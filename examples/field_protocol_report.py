@@ -163,13 +163,13 @@ def published(env: str, method: str) -> str:
 
 
 def front_table(rows: list[Row]) -> list[str]:
-    """Write the README's table: a line for each task that all of :data:`FRONT` have learned, what is published in brackets."""
+    """Write the README's table: a line for each task that the clip and another of :data:`FRONT` have learned."""
     lines = ["| | " + " | ".join(FRONT.values()) + " |", "|---" * (len(FRONT) + 1) + "|"]
     for env in PUBLISHED:
-        own = {row.method: row.returns for row in rows if row.env == env and len(row.seeds) >= MIN_SEEDS}
-        if own.keys() >= FRONT.keys():
-            cells = [f"{spread(own[m])} ({known})" if (known := published(env, m)) else spread(own[m]) for m in FRONT]
-            lines.append(f"| {env} | " + " | ".join(cells) + " |")
+        own = {r.method: spread(r.returns) for r in rows if r.env == env and r.method in FRONT and len(r.seeds) >= MIN_SEEDS}
+        if BASELINE in own and len(own) > 1:
+            brackets = {method: f" ({known})" if (known := published(env, method)) else "" for method in FRONT}
+            lines.append(f"| {env} | " + " | ".join(own.get(m, NO_VALUE) + brackets[m] for m in FRONT) + " |")
     return lines
 
 

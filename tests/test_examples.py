@@ -570,8 +570,10 @@ def test_field_protocol_front_page_has_the_figures_of_the_committed_runs(report)
     assert "\n".join(lines) in (EXAMPLES.parent / "README.md").read_text()
     made = [made_up("Ant-v4", method, seed, 10.0 * seed) for method in report.FRONT for seed in (11, 12, 13)]
     made += [made_up("Hopper-v4", "clip", seed, 1.0) for seed in (11, 12, 13)]
+    made += [made_up("Walker2d-v4", method, seed, 1.0) for method in ("clip", "sampled-floor") for seed in (11, 12, 13)]
     assert report.front_table(report.rows_of(made))[2:] == [
-        "| Ant-v4 | 120 ± 10 (2,193 ± 361) | 120 ± 10 | 120 ± 10 (159 ± 86) |"
+        "| Ant-v4 | 120 ± 10 (2,193 ± 361) | 120 ± 10 | 120 ± 10 (159 ± 86) |",
+        f"| Walker2d-v4 | 1 ± 0 (3,717 ± 425) | 1 ± 0 | {NO_VALUE} (3,639 ± 374) |",
     ]
 
 
