@@ -430,6 +430,7 @@ def write(out: Path) -> None:
         lines += [*front, "", "Mean ± standard deviation over seeds; in brackets what KLip-PPO has published.", ""]
     if len(overall := aggregate_table(rows)) > 2:
         lines += ["## All tasks", "", "Returns divided by the published clip's.", "", *overall, ""]
+    lines += ["KL (nats), coefficient, std and largest ratio below are means over the last tenth of training.", ""]
     lines += tables_of(rows, "## {}", task_table)
     lines += tables_of(others, "## {}, seeds for choosing", ablation_table)
     lines += ["## The methods", "", *(f"- `{m}`: {MEANINGS[m]}" for m in MEANINGS if any(run["method"] == m for run in runs))]
