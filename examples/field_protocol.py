@@ -159,6 +159,13 @@ METHODS: dict[str, tuple[type[ProximalAlgorithm], dict[str, Any]]] = {
 TABLE = ("clip", "adaptive", "sampled-floor")
 
 
+def settings_of(task: Task, method: str) -> dict[str, Any]:
+    """Bring together what a method is given on a task."""
+    algorithm, own = METHODS[method]
+    unclipped = {"clip_range": None} if algorithm is PPOPenalty else {}
+    return {**PROTOCOL, **task.own, **unclipped, **own}
+
+
 class Recorder(BaseCallback):
     """Keep every episode's return with the step at which it ended, and every update's figures."""
 
@@ -251,11 +258,10 @@ def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> di
     :return: all that is worth keeping, for JSON
     """
     th.set_num_threads(1)
-    algorithm, own = METHODS[method]
+    algorithm = METHODS[method][0]
     task = TASKS.get(env_id, MUJOCO_TASK)
     steps = steps or task.steps
-    unclipped = {"clip_range": None} if algorithm is PPOPenalty else {}
-    settings = {**PROTOCOL, **task.own, **unclipped, **own}
+    settings = settings_of(task, method)
     policy = ActorCriticCnnPolicy if task.images else ActorCriticPolicy
     env = training_env(env_id, task, seed, settings["gamma"])
     compiled = steps >= COMPILED_FROM and not task.images

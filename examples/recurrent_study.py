@@ -25,7 +25,7 @@ import numpy as np
 import rl_zoo3.import_envs  # noqa: F401 (registers the environments without velocities)
 import torch as th
 from field_protocol import METHODS, Recorder, course_of, keep, missing
-from field_protocol_report import curve_of, last_tenth, read, save
+from field_protocol_report import curve_of, last_tenth, legend_above, read, save
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -286,7 +286,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 steps = np.arange(1, len(mean) + 1) / len(mean) * own[0]["steps"] / 1e3
                 (drawn,) = axis.plot(steps, mean, label=method, linewidth=1.4)
                 axis.fill_between(steps, *band, color=drawn.get_color(), alpha=0.15, linewidth=0)
-    save(figure, axes[0][0].get_legend_handles_labels(), path)
+    legend_above(figure, axes[0][0])
+    save(figure, path)
 
 
 def report(out: Path) -> None:

@@ -633,15 +633,15 @@ def test_field_protocol_is_that_of_the_published_runs(algo: str, method: str, tm
     assert (experiment.n_timesteps, by_zoo.n_envs) == (published["STEPS"], 1)
     normalize = by_zoo.get_vec_normalize_env()
     assert (normalize.norm_obs, normalize.norm_reward, normalize.gamma) == (True, True, 0.99)
-    own = published["METHODS"][method][1]
+    settings = published["settings_of"](published["MUJOCO_TASK"], method)
     env = VecNormalize(make_vec_env("Pendulum-v1", seed=5))
-    model = published["METHODS"][method][0](ActorCriticPolicy, env, **published["PROTOCOL"], **own, seed=5, device="cpu")
-    for name in ("learning_rate", "clip_range", "clip_range_vf", *{"target_kl"} & own.keys()):
+    model = published["METHODS"][method][0](ActorCriticPolicy, env, **settings, seed=5, device="cpu")
+    for name in ("learning_rate", "clip_range", "clip_range_vf", *{"target_kl"} & settings.keys()):
         zoos, ours = getattr(by_zoo, name), getattr(model, name)
         for progress in (1.0, 0.3, 0.0) if callable(ours) else ():
             assert zoos(progress) == pytest.approx(ours(progress)), name
         assert (zoos is None) == (ours is None), name
-    for name in published["PROTOCOL"].keys() | own.keys() - {"target_kl"}:
+    for name in settings.keys() - {"target_kl"}:
         if not callable(getattr(model, name)) or name == "kl_controller":
             assert getattr(by_zoo, name) == getattr(model, name), name
     assert all(th.equal(one, other) for one, other in zip(by_zoo.policy.parameters(), model.policy.parameters(), strict=True))
