@@ -271,7 +271,7 @@ def perform(env_id: str, method: str, seed: int, steps: int | None = None) -> di
     started = time.process_time()
     model.learn(steps, callback=recorder)
     seconds = time.process_time() - started
-    packages = ("stable-baselines3", "gymnasium", *(("ale-py",) if task.images else ("mujoco",)), "numpy", "torch")
+    packages = ("stable-baselines3", "gymnasium", "ale-py" if task.images else "mujoco", "numpy", "torch")
     return {
         "env": env_id,
         "method": method,

@@ -178,16 +178,22 @@ def final_figures(row: Row) -> list[str]:
     return [f"{row.final[name]:.2g}" if name in row.final else NO_VALUE for name in FINAL]
 
 
+def markdown_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write a Markdown table without padding: headers, a rule, and a line for each row."""
+    heading, *lines = ["| " + " | ".join(cells) + " |" for cells in (headers, *rows)]
+    return [heading, "|---" * len(headers) + "|", *lines]
+
+
 def task_table(rows: list[Row]) -> list[str]:
     """Write the table of one task in Markdown."""
     baseline = next((row.returns for row in rows if row.method == BASELINE), np.array([]))
-    lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
+    table = []
     for row in rows:
         beats = NO_VALUE if row.method == BASELINE else improvement(row.returns, baseline)
         cells = [f"`{row.method}`", f"{len(row.seeds)}", published(row.env, row.method)]
         cells += [spread(row.returns), interquartile(row.returns), beats, spread(row.without_noise), *final_figures(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        table.append(cells)
+    return markdown_lines(HEADERS, table)
 
 
 def by_return(rows: list[Row]) -> list[Row]:
@@ -199,13 +205,13 @@ def ablation_table(rows: list[Row]) -> list[str]:
     """Write the table of one task on the seeds for choosing in Markdown: every run, the best method first."""
     seeds = sorted({seed for row in rows for seed in row.seeds})
     headers = ("method", "what it is", *(f"seed {seed}" for seed in seeds), "without noise", *FINAL.values())
-    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    table = []
     for row in by_return(rows):
         found = dict(zip(row.seeds, row.returns, strict=True))
         each = [f"{found[seed]:,.0f}" if seed in found else NO_VALUE for seed in seeds]
-        cells = [f"`{row.method}`", MEANINGS[row.method], *each, f"{row.without_noise.mean():,.0f}", *final_figures(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        without_noise = f"{row.without_noise.mean():,.0f}"
+        table.append([f"`{row.method}`", MEANINGS[row.method], *each, without_noise, *final_figures(row)])
+    return markdown_lines(headers, table)
 
 
 def scores_of(rows: list[Row], method: str, envs: Sequence[str]) -> list[np.ndarray[Any, Any]]:
@@ -241,10 +247,7 @@ def aggregate_table(rows: list[Row]) -> list[str]:
     """Write what methods come to over all tasks that they share with the baseline."""
     complete = [row for row in rows if len(row.seeds) >= MIN_SEEDS and row.env in AGGREGATED]
     envs_of = {method: [row.env for row in complete if row.method == method] for method in MEANINGS}
-    lines = [
-        "| method | tasks | normalised IQM [95 %] | the clip's on the same tasks | P(better than clip) |",
-        "|---" * 5 + "|",
-    ]
+    table = []
     for method, envs in envs_of.items():
         shared = [env for env in envs if env in envs_of[BASELINE]]
         if shared and method != BASELINE:
@@ -255,8 +258,10 @@ def aggregate_table(rows: list[Row]) -> list[str]:
                 resampled([own, clip], overall_improvement),
             ]
             cells = [f"`{method}`", ", ".join(shared), *(f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in figures)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            table.append(cells)
+    return markdown_lines(
+        ("method", "tasks", "normalised IQM [95 %]", "the clip's on the same tasks", "P(better than clip)"), table
+    )
 
 
 def curve_of(runs: list[dict[str, Any]], pick: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
